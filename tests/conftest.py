@@ -1,0 +1,25 @@
+"""Kernels run in Triton's interpreter where there is no GPU, which must be said before triton is first imported."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU (Triton kernels are interpreted there)."""
+    return torch.device("cuda" if GPU else "cpu")
