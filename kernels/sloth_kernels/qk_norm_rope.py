@@ -1,0 +1,810 @@
+"""RMSNorm of queries and keys over the head dim [1, 2], then rotary position embedding [3], in one launch.
+
+For each row x (one head of one token) of q with its weight w, and of k with its own, offset o and the rotation T
+of rope.py:
+
+    rstd = rsqrt(mean(x^2) + eps)      xhat = x * rstd      y = T(xhat * (w + o))
+
+    h = T'(dy)                         dw = sum over rows of h * xhat
+    g = h * (w + o)                    dx = rstd * (g - xhat * mean(g * xhat))
+
+Shapes: q (B, Hq, S, D), k (B, Hk, S, D) for unsqueeze_dim=1, (B, S, H, D) for unsqueeze_dim=2; weights (D,);
+cos, sin (B or 1, S, R). bf16, fp16 or fp32 in any mixture; float32 from load to store, so that the normalised row
+is not rounded before it is rotated. Only q and k are saved: the backward needs their rows in any case, and rstd
+comes with them. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token forward, 6 * (Hq + Hk) * D backward.
+
+[1] Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467
+[2] Henry et al., Query-Key Normalization for Transformers, arXiv:2010.04245
+[3] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864
+"""
+
+# Triton and torch.autograd.Function are untyped.
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels.rms_norm import multiprocessors, no_gradient, rms_norm_reference, sum_partials
+from sloth_kernels.rope import (
+    check_rope_arguments,
+    head_rows,
+    head_tiles,
+    last_contiguous,
+    load_pairs,
+    load_rest,
+    load_rotation,
+    needs_reference,
+    result_dtype,
+    rope_reference,
+    rotary_strides,
+    store_pairs,
+    store_rest,
+    token_positions,
+    token_strides,
+    warps_for,
+)
+
+# Where weight gradients are summed: enough loads in flight, few enough partial sums.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@triton.jit
+def _norm_rotate_store(  # type: ignore[no-untyped-def]
+    y_ptr,
+    y_rows,
+    live,
+    weight_ptr,
+    x1,
+    x2,
+    rest,
+    c1,
+    c2,
+    t1,
+    t2,
+    eps,
+    offset,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    origin = tl.zeros((1, 1, 1), tl.int64)
+    w1, w2 = load_pairs(weight_ptr, origin, origin == 0, R, BLOCK_HALF, INTERLEAVED, False)
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=2, keep_dims=True)
+    if R < D:
+        squares += tl.sum(rest * rest, axis=2, keep_dims=True)
+    r = tl.rsqrt(squares / D + eps)
+    n1 = x1 * r * (w1 + offset)
+    n2 = x2 * r * (w2 + offset)
+    store_pairs(y_ptr, y_rows, live, n1 * c1 + n2 * t1, n2 * c2 + n1 * t2, R, BLOCK_HALF, INTERLEAVED)
+    if R < D:
+        w_rest = load_rest(weight_ptr, origin, origin == 0, R, D, BLOCK_REST, False)
+        store_rest(y_ptr, y_rows, live, rest * r * (w_rest + offset), R, D, BLOCK_REST)
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    yq_ptr,
+    yk_ptr,
+    tokens,
+    seq_len,
+    eps,
+    offset,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    cos_stride_b,
+    cos_stride_s,
+    sin_stride_b,
+    sin_stride_s,
+    yq_stride_b,
+    yq_stride_s,
+    yq_stride_h,
+    yk_stride_b,
+    yk_stride_s,
+    yk_stride_h,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HQ: tl.constexpr,
+    BLOCK_HK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    batch, position, live = token_positions(tl.program_id(0), tokens, seq_len, BLOCK_T)
+    for tile in tl.static_range(TILES):
+        q_rows, q_live = head_rows(
+            batch, position, live, tile * BLOCK_HQ, q_stride_b, q_stride_s, q_stride_h, HQ, BLOCK_HQ
+        )
+        k_rows, k_live = head_rows(
+            batch, position, live, tile * BLOCK_HK, k_stride_b, k_stride_s, k_stride_h, HK, BLOCK_HK
+        )
+        # As in rope.py: everything that comes from device memory is asked for before anything waits.
+        q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
+        k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
+        if R < D:
+            q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, True)
+            k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, True)
+        else:
+            q_rest = 0.0
+            k_rest = 0.0
+        c1, c2, t1, t2 = load_rotation(
+            cos_ptr,
+            sin_ptr,
+            batch * cos_stride_b + position * cos_stride_s,
+            batch * sin_stride_b + position * sin_stride_s,
+            live,
+            R,
+            BLOCK_HALF,
+            INTERLEAVED,
+            REPEAT,
+            False,
+        )
+        yq_rows, _ = head_rows(
+            batch, position, live, tile * BLOCK_HQ, yq_stride_b, yq_stride_s, yq_stride_h, HQ, BLOCK_HQ
+        )
+        yk_rows, _ = head_rows(
+            batch, position, live, tile * BLOCK_HK, yk_stride_b, yk_stride_s, yk_stride_h, HK, BLOCK_HK
+        )
+        _norm_rotate_store(
+            yq_ptr,
+            yq_rows,
+            q_live,
+            q_weight_ptr,
+            q1,
+            q2,
+            q_rest,
+            c1,
+            c2,
+            t1,
+            t2,
+            eps,
+            offset,
+            D,
+            R,
+            INTERLEAVED,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+        _norm_rotate_store(
+            yk_ptr,
+            yk_rows,
+            k_live,
+            k_weight_ptr,
+            k1,
+            k2,
+            k_rest,
+            c1,
+            c2,
+            t1,
+            t2,
+            eps,
+            offset,
+            D,
+            R,
+            INTERLEAVED,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+
+
+@triton.jit
+def _row_gradients(  # type: ignore[no-untyped-def]
+    dx_ptr,
+    dx_rows,
+    live,
+    weight_ptr,
+    x1,
+    x2,
+    x_rest,
+    g1,
+    g2,
+    g_rest,
+    c1,
+    c2,
+    t1,
+    t2,
+    eps,
+    offset,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Store dx; return the terms h * n of dw for the first and second members of pairs and for the rest."""
+    origin = tl.zeros((1, 1, 1), tl.int64)
+    w1, w2 = load_pairs(weight_ptr, origin, origin == 0, R, BLOCK_HALF, INTERLEAVED, False)
+    h1 = g1 * c1 + g2 * t1
+    h2 = g2 * c2 + g1 * t2
+    d1 = h1 * (w1 + offset)
+    d2 = h2 * (w2 + offset)
+    # Two sums that do not wait for each other: mean(g * n) is this one times r / D.
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=2, keep_dims=True)
+    products = tl.sum(d1 * x1 + d2 * x2, axis=2, keep_dims=True)
+    if R < D:
+        w_rest = load_rest(weight_ptr, origin, origin == 0, R, D, BLOCK_REST, False)
+        d_rest = g_rest * (w_rest + offset)
+        squares += tl.sum(x_rest * x_rest, axis=2, keep_dims=True)
+        products += tl.sum(d_rest * x_rest, axis=2, keep_dims=True)
+    # Rows that do not exist must add 0 to dw, also where eps = 0 makes their r infinite.
+    r = tl.where(live, tl.rsqrt(squares / D + eps), 0.0)
+    # In this order r**2 alone is never formed, which would underflow for large x.
+    along = products * r / D * r
+    store_pairs(
+        dx_ptr, dx_rows, live, r * (d1 - x1 * along), r * (d2 - x2 * along), R, BLOCK_HALF, INTERLEAVED
+    )
+    rest_terms = 0.0
+    if R < D:
+        store_rest(dx_ptr, dx_rows, live, r * (d_rest - x_rest * along), R, D, BLOCK_REST)
+        rest_terms = g_rest * (x_rest * r)
+    return h1 * (x1 * r), h2 * (x2 * r), rest_terms
+
+
+@triton.jit
+def _store_partial(  # type: ignore[no-untyped-def]
+    partial_ptr,
+    sum1,
+    sum2,
+    sum_rest,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * D + tl.zeros((1, 1, 1), tl.int64)
+    first = tl.sum(tl.sum(sum1, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    second = tl.sum(tl.sum(sum2, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    store_pairs(partial_ptr, row, row >= 0, first, second, R, BLOCK_HALF, INTERLEAVED)
+    if R < D:
+        rest = tl.sum(tl.sum(sum_rest, axis=1, keep_dims=True), axis=0, keep_dims=True)
+        store_rest(partial_ptr, row, row >= 0, rest, R, D, BLOCK_REST)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    gq_ptr,
+    gk_ptr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    dq_ptr,
+    dk_ptr,
+    q_partial_ptr,
+    k_partial_ptr,
+    tokens,
+    seq_len,
+    eps,
+    offset,
+    gq_stride_b,
+    gq_stride_s,
+    gq_stride_h,
+    gk_stride_b,
+    gk_stride_s,
+    gk_stride_h,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    cos_stride_b,
+    cos_stride_s,
+    sin_stride_b,
+    sin_stride_s,
+    dq_stride_b,
+    dq_stride_s,
+    dq_stride_h,
+    dk_stride_b,
+    dk_stride_s,
+    dk_stride_h,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    REPEAT: tl.constexpr,
+    Q_WEIGHT_GRAD: tl.constexpr,
+    K_WEIGHT_GRAD: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HQ: tl.constexpr,
+    BLOCK_HK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    # One sum for every (token, head) of the tile, folded at the end: no exchange between threads in the loop.
+    if Q_WEIGHT_GRAD:
+        q_sum1 = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_HALF), tl.float32)
+        q_sum2 = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_HALF), tl.float32)
+        q_sum_rest = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_REST), tl.float32)
+    if K_WEIGHT_GRAD:
+        k_sum1 = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_HALF), tl.float32)
+        k_sum2 = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_HALF), tl.float32)
+        k_sum_rest = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_REST), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
+        batch, position, live = token_positions(block, tokens, seq_len, BLOCK_T)
+        for tile in tl.static_range(TILES):
+            q_rows, q_live = head_rows(
+                batch, position, live, tile * BLOCK_HQ, q_stride_b, q_stride_s, q_stride_h, HQ, BLOCK_HQ
+            )
+            k_rows, k_live = head_rows(
+                batch, position, live, tile * BLOCK_HK, k_stride_b, k_stride_s, k_stride_h, HK, BLOCK_HK
+            )
+            gq_rows, _ = head_rows(
+                batch, position, live, tile * BLOCK_HQ, gq_stride_b, gq_stride_s, gq_stride_h, HQ, BLOCK_HQ
+            )
+            gk_rows, _ = head_rows(
+                batch, position, live, tile * BLOCK_HK, gk_stride_b, gk_stride_s, gk_stride_h, HK, BLOCK_HK
+            )
+            q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
+            gq1, gq2 = load_pairs(gq_ptr, gq_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
+            k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
+            gk1, gk2 = load_pairs(gk_ptr, gk_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
+            if R < D:
+                q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, True)
+                gq_rest = load_rest(gq_ptr, gq_rows, q_live, R, D, BLOCK_REST, True)
+                k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, True)
+                gk_rest = load_rest(gk_ptr, gk_rows, k_live, R, D, BLOCK_REST, True)
+            else:
+                q_rest = 0.0
+                gq_rest = 0.0
+                k_rest = 0.0
+                gk_rest = 0.0
+            c1, c2, t1, t2 = load_rotation(
+                cos_ptr,
+                sin_ptr,
+                batch * cos_stride_b + position * cos_stride_s,
+                batch * sin_stride_b + position * sin_stride_s,
+                live,
+                R,
+                BLOCK_HALF,
+                INTERLEAVED,
+                REPEAT,
+                True,
+            )
+            dq_rows, _ = head_rows(
+                batch, position, live, tile * BLOCK_HQ, dq_stride_b, dq_stride_s, dq_stride_h, HQ, BLOCK_HQ
+            )
+            dk_rows, _ = head_rows(
+                batch, position, live, tile * BLOCK_HK, dk_stride_b, dk_stride_s, dk_stride_h, HK, BLOCK_HK
+            )
+            q_terms1, q_terms2, q_terms_rest = _row_gradients(
+                dq_ptr,
+                dq_rows,
+                q_live,
+                q_weight_ptr,
+                q1,
+                q2,
+                q_rest,
+                gq1,
+                gq2,
+                gq_rest,
+                c1,
+                c2,
+                t1,
+                t2,
+                eps,
+                offset,
+                D,
+                R,
+                INTERLEAVED,
+                BLOCK_HALF,
+                BLOCK_REST,
+            )
+            k_terms1, k_terms2, k_terms_rest = _row_gradients(
+                dk_ptr,
+                dk_rows,
+                k_live,
+                k_weight_ptr,
+                k1,
+                k2,
+                k_rest,
+                gk1,
+                gk2,
+                gk_rest,
+                c1,
+                c2,
+                t1,
+                t2,
+                eps,
+                offset,
+                D,
+                R,
+                INTERLEAVED,
+                BLOCK_HALF,
+                BLOCK_REST,
+            )
+            if Q_WEIGHT_GRAD:
+                q_sum1 += q_terms1
+                q_sum2 += q_terms2
+                if R < D:
+                    q_sum_rest += q_terms_rest
+            if K_WEIGHT_GRAD:
+                k_sum1 += k_terms1
+                k_sum2 += k_terms2
+                if R < D:
+                    k_sum_rest += k_terms_rest
+    if Q_WEIGHT_GRAD:
+        _store_partial(q_partial_ptr, q_sum1, q_sum2, q_sum_rest, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    if K_WEIGHT_GRAD:
+        _store_partial(k_partial_ptr, k_sum1, k_sum2, k_sum_rest, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+
+
+def _shapes(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, layout: str, unsqueeze_dim: int, strided_tokens: bool
+) -> tuple[int, int, dict[str, int], dict[str, int | bool]]:
+    """(tokens, sequence length, tile sizes, all constexpr arguments that both kernels take)."""
+    seq_len = q.shape[3 - unsqueeze_dim]
+    tokens = q.shape[0] * seq_len
+    q_heads, k_heads, dim, rotary = q.shape[unsqueeze_dim], k.shape[unsqueeze_dim], q.shape[3], cos.shape[2]
+    tiles = head_tiles(max(tokens, 1), q_heads, k_heads, dim, rotary, strided_tokens and q_heads > 1)
+    constants: dict[str, int | bool] = {
+        "HQ": q_heads,
+        "HK": k_heads,
+        "D": dim,
+        "R": rotary,
+        "INTERLEAVED": layout != "half",
+        "REPEAT": layout == "interleaved_repeat",
+        **tiles,
+    }
+    return tokens, seq_len, tiles, constants
+
+
+def qk_norm_rope_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    unsqueeze_dim: int,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch norm and rotation of q and k, to q_dtype and k_dtype, in the inputs' memory order."""
+    q, k, q_weight, k_weight, cos, sin = (last_contiguous(x) for x in (q, k, q_weight, k_weight, cos, sin))
+    q_out, k_out = torch.empty_like(q, dtype=q_dtype), torch.empty_like(k, dtype=k_dtype)
+    strides = [token_strides(x, unsqueeze_dim) for x in (q, k, q_out, k_out)]
+    tokens, seq_len, tiles, constants = _shapes(
+        q, k, cos, layout, unsqueeze_dim, any(s < h for _, s, h in strides[::2])
+    )
+    if tokens:
+        with torch.cuda.device_of(q):
+            _forward_kernel[(-(-tokens // tiles["BLOCK_T"]),)](
+                q,
+                k,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                q_out,
+                k_out,
+                tokens,
+                seq_len,
+                eps,
+                offset,
+                *strides[0],
+                *strides[1],
+                *rotary_strides(cos),
+                *rotary_strides(sin),
+                *strides[2],
+                *strides[3],
+                num_warps=warps_for(tiles, 32),
+                **constants,
+            )
+    return q_out, k_out
+
+
+def _fwd_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    unsqueeze_dim: int,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(last_contiguous(q), dtype=q_dtype),
+        torch.empty_like(last_contiguous(k), dtype=k_dtype),
+    )
+
+
+def qk_norm_rope_bwd(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    unsqueeze_dim: int,
+    q_weight_grad: bool,
+    k_weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch (dq, dk, dq_weight, dk_weight); a weight gradient that is not asked for is an empty tensor."""
+    grad_q, grad_k, q, k = (last_contiguous(x) for x in (grad_q, grad_k, q, k))
+    q_weight, k_weight, cos, sin = (last_contiguous(x) for x in (q_weight, k_weight, cos, sin))
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    strides = [token_strides(x, unsqueeze_dim) for x in (grad_q, grad_k, q, k, dq, dk)]
+    tokens, seq_len, tiles, constants = _shapes(
+        q, k, cos, layout, unsqueeze_dim, any(s < h for _, s, h in strides[::2])
+    )
+    blocks = -(-tokens // tiles["BLOCK_T"])
+    programs = blocks
+    if q_weight_grad or k_weight_grad:
+        programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device))
+    dim = q.shape[3]
+    partials = [
+        torch.empty((programs, dim), dtype=torch.float32, device=q.device) if wanted else None
+        for wanted in (q_weight_grad, k_weight_grad)
+    ]
+    if tokens:
+        with torch.cuda.device_of(q):
+            _backward_kernel[(programs,)](
+                grad_q,
+                grad_k,
+                q,
+                k,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                dq,
+                dk,
+                *partials,
+                tokens,
+                seq_len,
+                eps,
+                offset,
+                *strides[0],
+                *strides[1],
+                *strides[2],
+                *strides[3],
+                *rotary_strides(cos),
+                *rotary_strides(sin),
+                *strides[4],
+                *strides[5],
+                Q_WEIGHT_GRAD=q_weight_grad,
+                K_WEIGHT_GRAD=k_weight_grad,
+                # Half the elements a thread of the forward: x, its gradient and the sums are live at once.
+                num_warps=warps_for(tiles, 16),
+                **constants,
+            )
+    dq_weight, dk_weight = (
+        _weight_gradient(weight, partial, tokens)
+        for weight, partial in zip((q_weight, k_weight), partials, strict=True)
+    )
+    return dq, dk, dq_weight, dk_weight
+
+
+def _weight_gradient(weight: torch.Tensor, partial: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    if partial is None:
+        return no_gradient(weight)
+    return sum_partials(partial, weight.dtype) if tokens else torch.zeros_like(weight)
+
+
+def _bwd_fake(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    unsqueeze_dim: int,
+    q_weight_grad: bool,
+    k_weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(last_contiguous(q)),
+        torch.empty_like(last_contiguous(k)),
+        q_weight.new_empty(q.shape[3] if q_weight_grad else 0),
+        k_weight.new_empty(q.shape[3] if k_weight_grad else 0),
+    )
+
+
+register_op(
+    "qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+    " float eps, float offset, str layout, int unsqueeze_dim, ScalarType q_dtype, ScalarType k_dtype)"
+    " -> (Tensor, Tensor)",
+    qk_norm_rope_fwd,
+    _fwd_fake,
+)
+register_op(
+    "qk_norm_rope_bwd(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
+    " Tensor cos, Tensor sin, float eps, float offset, str layout, int unsqueeze_dim, bool q_weight_grad,"
+    " bool k_weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    qk_norm_rope_bwd,
+    _bwd_fake,
+)
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+        offset: float,
+        layout: str,
+        unsqueeze_dim: int,
+        q_dtype: torch.dtype,
+        k_dtype: torch.dtype,
+    ) -> Any:
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.arguments = (eps, offset, layout, unsqueeze_dim)
+        return torch.ops.sloth.qk_norm_rope_fwd(
+            q, k, q_weight, k_weight, cos, sin, eps, offset, layout, unsqueeze_dim, q_dtype, k_dtype
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> Any:
+        _, _, need_q_weight, need_k_weight, *_ = ctx.needs_input_grad
+        dq, dk, dq_weight, dk_weight = torch.ops.sloth.qk_norm_rope_bwd(
+            grad_q, grad_k, *ctx.saved_tensors, *ctx.arguments, need_q_weight, need_k_weight
+        )
+        return (
+            dq,
+            dk,
+            dq_weight if need_q_weight else None,
+            dk_weight if need_k_weight else None,
+            *(None,) * 8,
+        )
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: str,
+    unsqueeze_dim: int,
+) -> None:
+    check_rope_arguments(q, k, cos, sin, layout, unsqueeze_dim)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.shape != q.shape[3:]:
+            raise ValueError(f"{name} {tuple(weight.shape)}: expected ({q.shape[3]},), the last dim of q")
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    cast_before_weight: bool = False,
+    layout: str = "half",
+    unsqueeze_dim: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of every head of queries and keys, then rope(); one launch forward and one backward.
+
+    Weight gradients are computed only for weights that require them, summed in a fixed order in float32.
+
+    Args:
+        q, k, cos, sin, layout, unsqueeze_dim, out_dtype: as for `rope`.
+        q_weight, k_weight: (D,), float32, bfloat16 or float16.
+        eps: added to the mean of squares.
+        offset: added to the weights in float32: 1 for Gemma's zero-centred weights.
+        cast_before_weight: eager's order of roundings. Here it decides only the dtype of the result: that of the
+            norm is promote_types(x.dtype, weight.dtype) if true, else x.dtype; then cos promotes it.
+
+    Returns:
+        q and k, normalised and rotated, in the memory order of q and k.
+
+    Raises:
+        ValueError: for another layout, unsqueeze_dim or shape.
+    """
+    _check(q, k, q_weight, k_weight, cos, sin, layout, unsqueeze_dim)
+    if needs_reference(cos, sin, q, k, q_weight, k_weight):
+        return qk_norm_rope_reference(
+            q,
+            k,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            eps=eps,
+            offset=offset,
+            cast_before_weight=cast_before_weight,
+            layout=layout,
+            unsqueeze_dim=unsqueeze_dim,
+            out_dtype=out_dtype,
+        )
+    q_dtype, k_dtype = (
+        result_dtype(
+            torch.promote_types(x.dtype, weight.dtype) if cast_before_weight else x.dtype, cos, sin, out_dtype
+        )
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    q_out, k_out = _QKNormRope.apply(
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        float(eps),
+        float(offset),
+        layout,
+        unsqueeze_dim,
+        q_dtype,
+        k_dtype,
+    )
+    return q_out, k_out
+
+
+def qk_norm_rope_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    cast_before_weight: bool = False,
+    layout: str = "half",
+    unsqueeze_dim: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qk_norm_rope` in plain PyTorch: `rms_norm_reference` of q and of k, then `rope_reference`."""
+    _check(q, k, q_weight, k_weight, cos, sin, layout, unsqueeze_dim)
+    q, k = (
+        rms_norm_reference(x, weight, eps=eps, offset=offset, cast_before_weight=cast_before_weight)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return rope_reference(q, k, cos, sin, layout=layout, unsqueeze_dim=unsqueeze_dim, out_dtype=out_dtype)

@@ -1,0 +1,150 @@
+"""What was done to a model and what was left alone, as a table for people and as JSON types for programs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from sloth_plugins.specs import Skip
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "axolotl", "lightning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patched:
+    """One accelerated site. Errors are relative to float64, the largest over outputs and gradients; None: not verified."""
+
+    module: str
+    op: str
+    kernel: str
+    max_rel_error: float | None
+    eager_rel_error: float | None
+    plugin: str = ""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """The record of one acceleration (or, `planned`, of what one would do)."""
+
+    patched: list[Patched] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    checkpointing: dict[str, Any] = field(default_factory=dict)
+    sites: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    planned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {
+            "patched": [asdict(row) for row in self.patched],
+            "skipped": [asdict(row) for row in self.skipped],
+            "notes": list(self.notes),
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "checkpointing": dict(self.checkpointing),
+            "sites": dict(self.sites),
+            "seconds": self.seconds,
+            "planned": self.planned,
+        }
+
+    def to_json(self) -> str:
+        """The report as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def print(self, console: Any = None) -> None:
+        """Print the tables, with rich."""
+        from rich.console import Console
+
+        (console or Console()).print(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, no_color=True, highlight=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        from rich.table import Table
+
+        verb = "would patch" if self.planned else "patched"
+        yield f"sloth {verb} {len(self.patched)} sites, left {len(self.skipped)} alone ({self.seconds:.1f} s)"
+        if self.patched:
+            table = Table(title_justify="left")
+            for column in ("op", "kernel", "modules", "sites", "error to float64", "eager's"):
+                table.add_column(column, justify="right" if column in ("sites", "error to float64", "eager's") else "left")
+            for (op, kernel), rows in _grouped((row.op, row.kernel, row) for row in self.patched).items():
+                modules = shorten([row.module for row in rows])
+                table.add_row(
+                    op, kernel, modules, str(len(rows)), _worst(r.max_rel_error for r in rows), _worst(r.eager_rel_error for r in rows)
+                )
+            yield table
+        if self.skipped:
+            table = Table("left alone", "modules", "why")
+            for (op, reason), skips in _grouped((skip.op, skip.reason, skip) for skip in self.skipped).items():
+                table.add_row(op, shorten([skip.module for skip in skips]), reason)
+            yield table
+        if self.checkpointing:
+            yield f"checkpointing: {self.checkpointing.get('chosen')} ({self.checkpointing.get('reason')})"
+        for note in self.notes:
+            yield f"note: {note}"
+
+
+def shorten(modules: list[str]) -> str:
+    """Module names with their layer numbers folded: "model.layers.{0-29}.mlp"."""
+    folded: dict[str, list[int]] = {}
+    for module in modules:
+        parts = module.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        pattern = module or "(the model)"
+        if index is not None:
+            pattern = ".".join([*parts[:index], "{}", *parts[index + 1 :]])
+            folded.setdefault(pattern, []).append(int(parts[index]))
+        else:
+            folded.setdefault(pattern, [])
+    return "\n".join(pattern.replace("{}", _ranges(numbers), 1) for pattern, numbers in folded.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{{{text}}}" if len(set(numbers)) > 1 else text
+
+
+def _grouped(items: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], list[Any]]:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for first, second, item in items:
+        groups.setdefault((first, second), []).append(item)
+    return groups
+
+
+def _worst(errors: Iterable[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.1e}" if known else "not verified"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the GPU's name, for the report and for `sloth doctor`."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return found
