@@ -133,7 +133,7 @@ def plan(
     """What `accelerate` would patch, without changing or verifying anything. The model may be on the meta device."""
     run = _Run(model, Settings.resolve(settings, overrides, "plan()"), manager or default_manager())
     for patch in run.planned():
-        run.report.patched.append(run.row(patch, None))
+        run.report.patched.extend(run.rows(patch, None))
     run.report.planned = True
     run.finish()
     return run.report
@@ -220,7 +220,7 @@ class _Run:
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
         for patch, comparisons in sorted(accepted, key=lambda item: order[item[0].module]):
             self.acceleration._install(self.model, patch)
-            self.report.patched.append(self.row(patch, comparisons))
+            self.report.patched.extend(self.rows(patch, comparisons))
         self.trial = None
         self.checkpointing()
         self.finish()
@@ -273,15 +273,20 @@ class _Run:
             self.trial, device=device, generator=torch.Generator(device=device).manual_seed(0x5107)
         )
 
-    def row(self, patch: Patch, comparisons: tuple[Comparison, ...] | None) -> Patched:
-        return Patched(
-            module=patch.module,
-            op=patch.op,
-            kernel=patch.kernel.name,
-            max_rel_error=max((c.error for c in comparisons), default=0.0) if comparisons is not None else None,
-            eager_rel_error=max((c.eager_error for c in comparisons), default=0.0) if comparisons is not None else None,
-            plugin=patch.plugin,
-        )
+    def rows(self, patch: Patch, comparisons: tuple[Comparison, ...] | None) -> list[Patched]:
+        """One row for each module whose forward the patch replaces, the patch's own module first."""
+        measured = comparisons is not None
+        return [
+            Patched(
+                module=module,
+                op=patch.op,
+                kernel=patch.kernel.name,
+                max_rel_error=max((c.error for c in comparisons or ()), default=0.0) if measured else None,
+                eager_rel_error=max((c.eager_error for c in comparisons or ()), default=0.0) if measured else None,
+                plugin=patch.plugin,
+            )
+            for module in patch.forwards
+        ]
 
     def checkpointing(self) -> None:
         """A plugin's plan, or recomputation of every layer where that was asked for; otherwise the trainer's own stays."""

@@ -111,6 +111,8 @@ def forward_obstacle(module: nn.Module) -> str | None:
         return f"already patched by {owner}"
     if any(type(p).__name__ == "DTensor" for p in module._parameters.values()):
         return "its parameters are sharded (DTensor): accelerate the model before it is sharded"
+    if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module._parameters.values() if p is not None):
+        return "its parameters are partitioned by DeepSpeed ZeRO-3, so they can't be read"
     own = module.__dict__.get("forward")
     function = getattr(own, "__func__", own)
     if own is None or function is type(module).forward or hasattr(function, PATCH_MARK):

@@ -32,6 +32,7 @@ from sloth_kernels.rms_norm import (
     as_rows,
     check_norm_arguments,
     has_float64,
+    load_per_row,
     no_gradient,
     persistent_tile,
     row_offset,
@@ -115,7 +116,7 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     in_row = tl.arange(0, ROWS)[:, None]
     start = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and PREFETCH:
         weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
             tl.float32
         )
@@ -130,8 +131,8 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         next_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
         next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        next_mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        next_rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        next_mean = load_per_row(mean_ptr, start, rows, ROWS)
+        next_rstd = load_per_row(rstd_ptr, start, rows, ROWS)
     for first in range(start, rows, step):
         row = first + in_row
         if PREFETCH:
@@ -140,13 +141,16 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             mean = next_mean
             rstd = next_rstd
             row += step
+            ahead = step
+        else:
+            ahead = 0
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
         loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
         loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        loaded_mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        loaded_rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        loaded_mean = load_per_row(mean_ptr, first + ahead, rows, ROWS)
+        loaded_rstd = load_per_row(rstd_ptr, first + ahead, rows, ROWS)
         if PREFETCH:
             next_x = loaded_x
             next_dy = loaded_dy
@@ -159,6 +163,10 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             dy = loaded_dy.to(tl.float32)
             mean = loaded_mean
             rstd = loaded_rstd
+        if HAS_WEIGHT and not PREFETCH:
+            weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
+                tl.float32
+            )
         # Masked lanes hold xhat = -mean * rstd, but dy = 0 there, and xhat enters every sum only times dy.
         xhat = (x - mean) * rstd
         if WEIGHT_GRAD:

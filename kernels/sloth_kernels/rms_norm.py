@@ -116,6 +116,13 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def load_per_row(ptr, first, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(ROWS, 1). Loaded as a vector: a (ROWS, 1) load is repeated for every element that a thread has in a row."""
+    row = first + tl.arange(0, ROWS)
+    return tl.load(ptr + row, mask=row < rows, other=0.0)[:, None]
+
+
+@triton.jit
 def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     dy_ptr,
     dsummed_ptr,
@@ -148,13 +155,14 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
 ):
     """Tiles of ROWS rows, a grid apart. The sum over a program's rows stays in registers and is written once.
 
-    PREFETCH keeps memory busy through the reduction: the next tile's loads go out before this tile is used.
+    PREFETCH keeps memory busy through the reduction: the next tile's loads go out before this tile is used. Without
+    it the weight is read again for each tile, from the cache, which leaves registers to rows that need them all.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     in_row = tl.arange(0, ROWS)[:, None]
     start = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and PREFETCH:
         weight = (
             tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
             + OFFSET
@@ -168,7 +176,7 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         next_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
         next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        next_rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        next_rstd = load_per_row(rstd_ptr, start, rows, ROWS)
         if HAS_DSUMMED:
             at = (
                 row_offset(row, size1, size2, dsummed_stride0, dsummed_stride1, dsummed_stride2, LEVELS) + col
@@ -183,12 +191,15 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             if HAS_DSUMMED:
                 dsummed = next_dsummed
             row += step
+            ahead = step
+        else:
+            ahead = 0
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
         loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
         loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        loaded_rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        loaded_rstd = load_per_row(rstd_ptr, first + ahead, rows, ROWS)
         if HAS_DSUMMED:
             at = (
                 row_offset(row, size1, size2, dsummed_stride0, dsummed_stride1, dsummed_stride2, LEVELS) + col
@@ -208,6 +219,13 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             rstd = loaded_rstd
             if HAS_DSUMMED:
                 dsummed = loaded_dsummed
+        if HAS_WEIGHT and not PREFETCH:
+            weight = (
+                tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
+                    tl.float32
+                )
+                + OFFSET
+            )
         xhat = x * rstd
         if WEIGHT_GRAD:
             dweight += dy * xhat

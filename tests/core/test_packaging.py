@@ -101,7 +101,7 @@ def test_versions_agree(wheel: zipfile.ZipFile) -> None:
 
 
 def test_import_kernels_in_the_root_is_not_ours() -> None:
-    """In the repository root the folder `kernels/` may be seen as a namespace without code; never as a package."""
+    """In the repository root, `kernels/` may be seen as a namespace without code, but never as a package."""
     found = run_python(
         "import importlib.metadata, json\n"
         "try:\n"

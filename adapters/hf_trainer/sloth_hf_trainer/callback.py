@@ -1,0 +1,204 @@
+"""SlothCallback: see the package's docstring and adapters/hf_trainer/README.md."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import sloth_plugins as sloth
+
+
+class SlothCallback(TrainerCallback):  # type: ignore[misc]
+    """Accelerates the Trainer's model and logs `sloth/...` figures.
+
+    Args:
+        settings: sloth_plugins.Settings, or None for the defaults.
+        overrides: fields of Settings, which win over `settings`.
+
+    Raises ValueError for a bad setting when it is made; under `strict=True`, SkippedSiteError when the model is patched. Anything else
+    that goes wrong in patching is a warning, and training goes on with the model's own code.
+
+    After patching, `acceleration` holds the record (`.report`, `.undo()`).
+    """
+
+    def __init__(self, settings: sloth.Settings | None = None, **overrides: Any) -> None:
+        self.settings = sloth.Settings.resolve(settings, overrides, "SlothCallback()")
+        self.acceleration: sloth.Acceleration | None = None
+        self._shown = False
+        self._tokens = 0
+        self._window_began: float | None = None
+        self._counter: Any = None
+
+    # Patching
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._patch(args, kwargs.get("model"))
+        _go_first(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._patch(args, kwargs.get("model"))
+        trainer = _go_first(self)
+        if self.acceleration is None:
+            return
+        self._note_reference_model(trainer)
+        self._count_tokens(self.acceleration.model)
+        if state.is_world_process_zero and not self._shown:
+            self._shown = True
+            from rich.console import Console
+
+            self.acceleration.report.print(Console(stderr=True))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.acceleration is None and not self._shown:  # added later, and only evaluate() is called
+            self._patch(args, kwargs.get("model"))
+
+    def _patch(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        if model is None:
+            return
+        model = _unwrapped(model)
+        held = self.acceleration
+        if held is not None and held.active and held.model is model and (args.fsdp or args.deepspeed):
+            return  # sharded since then: its modules and parameters are the wrapper's now
+        if args.n_gpu > 1:
+            _warn_once(
+                self,
+                f"this run uses torch.nn.DataParallel on {args.n_gpu} GPUs, whose replicas would run the first GPU's "
+                "forwards, so nothing is patched: start it with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
+            )
+            return
+        try:
+            acceleration = sloth.accelerate(model, self.settings)
+        except (sloth.SlothError, ValueError):
+            raise
+        except Exception as error:  # an accelerator must never take a user's run down
+            if self.settings.strict:
+                raise
+            _warn_once(self, f"the model is left as it is, because patching failed: {type(error).__name__}: {error}")
+            return
+        if held is not None and held is not acceleration:
+            held.undo()  # model_init made a new model
+        self.acceleration = acceleration
+
+    def _note_reference_model(self, trainer: Trainer | None) -> None:
+        reference = getattr(trainer, "ref_model", None)
+        if self.acceleration is None or not isinstance(reference, nn.Module):
+            return
+        note = (
+            "the trainer's ref_model is a second model that no callback is given: it runs as it is. "
+            "sloth_plugins.accelerate(trainer.ref_model) patches it too"
+        )
+        if _unwrapped(reference) is not self.acceleration.model and note not in self.acceleration.report.notes:
+            self.acceleration.report.notes.append(note)
+
+    # Figures
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._window_began is None:
+            self._window_began = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to the log that the trackers, called after us, are given, and to the history."""
+        if self.acceleration is None or logs is None or "loss" not in logs:
+            return
+        report = self.acceleration.report
+        figures: dict[str, float] = {
+            "sloth/patched": len(report.patched),
+            "sloth/skipped": len(report.skipped),
+            "sloth/peak_bytes": peak_bytes(),
+        }
+        if self._tokens and self._window_began is not None:
+            figures["sloth/tokens_per_s"] = round(self._tokens / (time.perf_counter() - self._window_began), 1)
+        self._tokens, self._window_began = 0, None
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._counter is not None:
+            self._counter.remove()
+            self._counter = None
+
+    def _count_tokens(self, model: nn.Module | None) -> None:
+        """Count the tokens (padding included) that this process trains on, between two logs."""
+        if model is None or self._counter is not None:
+            return
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+                return
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            embeddings = kwargs.get("inputs_embeds")
+            if isinstance(ids, torch.Tensor):
+                self._tokens += ids.numel()
+            elif isinstance(embeddings, torch.Tensor):
+                self._tokens += embeddings.shape[0] * embeddings.shape[1]
+
+        # TRL's fused heads call the backbone past the top module, so the count sits on the module that both reach.
+        backbone = getattr(model, "base_model", model)
+        backbone = getattr(backbone, "model", backbone)  # PEFT: LoraModel.model is the causal LM
+        backbone = getattr(backbone, "base_model", backbone)
+        if not isinstance(backbone, nn.Module):
+            return
+        self._counter = backbone.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def peak_bytes() -> int:
+    """The most memory used so far: allocated on the current CUDA device, or this process's resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _go_first(callback: TrainerCallback) -> Trainer | None:
+    """Put `callback` before the trackers, which the Trainer calls first, and return the Trainer that is calling.
+
+    The events' arguments hold neither the Trainer nor its handler, so both are found on the call stack. Where they aren't there,
+    the figures still reach the history and the console.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        handler = getattr(caller, "callback_handler", None)
+        if isinstance(caller, Trainer) and callback in getattr(handler, "callbacks", ()):
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _warn_once(callback: SlothCallback, message: str) -> None:
+    if not callback._shown:
+        callback._shown = True
+        warnings.warn(f"sloth: {message}", stacklevel=3)
