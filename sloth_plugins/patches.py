@@ -17,7 +17,7 @@ from torch import nn
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.numerics import Comparison
 from sloth_plugins.specs import KernelSpec, NotASite, Patch, Site, Skip
-from sloth_plugins.survey import PATCH_MARK, PlanContext, positional_parameters, stand_in
+from sloth_plugins.survey import LAYER_STEPS, PATCH_MARK, PlanContext, positional_parameters, stand_in
 from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare, compare_calls
 
 Forward = Callable[..., Any]
@@ -51,6 +51,9 @@ def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch
             add(site.module, site.role, partial(_norm_patch, model, site, context))
     for site in context.by_role("gated_mlp"):
         add(site.module, "gated_mlp", partial(_mlp_patch, model, site, context))
+    for site in context.by_role("decoder_layer"):
+        if "steps" in site.facts:
+            add(site.module, "add_rms_norm", partial(_add_rms_norm_patch, model, site, context))
     return plans
 
 
@@ -473,6 +476,81 @@ def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> 
     )
     if len(set(reached)) != 2:
         raise VerificationError("its forward does not call both norms before the rotary helper")
+
+
+# Decoder layers: the residual addition and the norm after it in one launch
+
+
+def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
+    module = model.get_submodule(site.module)
+    steps, names, passes = site.facts["steps"], site.facts["parameters"], site.facts["passes"]
+    before, attention, after, middle, mlp, last = (steps[key] for key in LAYER_STEPS)
+    norm_name = f"{site.module}.{middle}"
+    norm = next(s for s in context.by_role("rms_norm") if s.module == norm_name)
+    kernel = context.choose(norm, "add_rms_norm")
+    if _float32_under_autocast(model.get_submodule(norm_name), norm, context):
+        raise NotASite("its norm changes dtype under autocast", benign=True)
+    function, takes, weight = kernel.function, _takes(kernel), norm.facts["weight"]
+    options = {key: norm.facts[key] for key in ("eps", "offset", "cast_before_weight")}
+    original = type(module).forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x = given.pop(names[0], None)
+        steps: Any = self._modules
+        put_off = steps[middle]
+        hooked = put_off._forward_hooks or put_off._forward_pre_hooks or put_off._backward_hooks
+        if not takes(x) or hooked or len(args) > len(names):
+            return original(self, *args, **kwargs)
+        passed = {name: given.pop(name, default) for name, default in passes.items()}
+        extra = {name: value for name, value in given.items() if name not in names}
+        inner = steps[attention](hidden_states=steps[before](x), **passed, **extra)[0]
+        if after:
+            inner = steps[after](inner)
+        normed, summed = function(inner, x, getattr(put_off, weight) if weight else None, **options)
+        outer = steps[mlp](normed)
+        return summed + (steps[last](outer) if last else outer)
+
+    marked(forward, module)
+    return Patch(
+        module=site.module,
+        op="add_rms_norm",
+        kernel=kernel,
+        forwards={site.module: forward},
+        signature=(*site.signature, kernel.name),
+        verify=partial(
+            _verify_add_rms_norm, site=site, norm=norm, kernel=kernel, forward=forward, dtype=context.dtypes[norm_name]
+        ),
+        replays=(site.module,),
+    )
+
+
+def _verify_add_rms_norm(
+    trial: Trial, *, site: Site, norm: Site, kernel: KernelSpec, forward: Forward, dtype: torch.dtype
+) -> list[Comparison]:
+    module, weight = trial.module(norm.module), norm.facts["weight"]
+    parameter = module._parameters[weight] if weight else None
+    options = {key: norm.facts[key] for key in ("eps", "offset", "cast_before_weight")}
+
+    def eager(x: Any, residual: Any, **weights: Any) -> Any:
+        clone = stand_in(module, {})
+        clone.__dict__["_parameters"].update({weight: w for w in weights.values()})
+        summed = residual + x
+        return type(module).forward(clone, summed), summed
+
+    def run(function: Forward, x: Any, residual: Any, **weights: Any) -> Any:
+        return function(x, residual, weights.get("weight"), **options)
+
+    comparisons = []
+    for activation in trial.dtypes(dtype):
+        tensors = {key: trial.randn(TOKENS, norm.facts["width"], dtype=activation) for key in ("x", "residual")}
+        grads = ["x", "residual"]
+        if parameter is not None:
+            tensors["weight"] = parameter.detach()
+            grads += ["weight"] if parameter.requires_grad else []
+        comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
+    _verify_wiring(trial, site, forward)
+    return comparisons
 
 
 # Shared

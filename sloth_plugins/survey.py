@@ -40,6 +40,8 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxy
         "gelu": nn.functional.gelu,
     }
 )
+# A layer in the order of its steps: s = x + [after](attention(before(x)));  y = s + [last](mlp(middle(s)))
+LAYER_STEPS = ("before", "attention", "after", "middle", "mlp", "last")
 ROPE_LAYOUTS = ("half", "interleaved", "interleaved_repeat")
 FOREIGN = {"liger_kernel": "Liger", "unsloth": "Unsloth", "unsloth_zoo": "Unsloth", "axolotl": "Axolotl", "kernels": "HF kernels"}
 PATCH_MARK = "__sloth_patch__"
@@ -166,6 +168,19 @@ def positional_parameters(function: Callable[..., Any]) -> list[inspect.Paramete
     parameters = list(inspect.signature(function).parameters.values())
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return named[1:] if named and named[0].name == "self" else named
+
+
+class _Recorder(nn.Module):
+    """Stands in for a child of a layer: scales its input by a known factor and notes how it was called."""
+
+    def __init__(self, name: str, factor: float, log: list[tuple[str, float, dict[str, Any]]], attends: bool) -> None:
+        super().__init__()
+        self.name, self.factor, self.log, self.attends = name, factor, log, attends
+
+    def forward(self, *args: torch.Tensor, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.pop("hidden_states")
+        self.log.append((self.name, self.factor, kwargs))
+        return (x * self.factor, None) if self.attends else x * self.factor
 
 
 class _Surveyor:
@@ -371,7 +386,60 @@ class _Surveyor:
                 name = f"{list_name}.{index}" if list_name else str(index)
                 roles = {site.role for module, site in self.sites.items() if module.startswith(name + ".")}
                 if "attention" in roles and roles & {"rms_norm", "layer_norm"}:
-                    self.sites[name] = Site(module=name, role="decoder_layer", signature=("decoder_layer", type(layer)))
+                    inside = {m.removeprefix(f"{name}."): s for m, s in self.sites.items() if m.startswith(f"{name}.")}
+                    key = ("decoder_layer", type(layer), type(layer).forward, scalars(layer), *(s.signature for s in inside.values()))
+                    key += (_dtypes(layer),)
+                    if key not in self.cache:
+                        roles_of = {child: inside[child].role for child, _ in layer.named_children() if child in inside}
+                        self.cache[key] = _probed(self.probe_layer, layer, tuple(roles_of.items()))
+                    facts = self.cache[key]  # a layer of another kind is a site all the same, without steps
+                    known = MappingProxyType({}) if isinstance(facts, NotASite) else facts
+                    self.sites[name] = Site(module=name, role="decoder_layer", facts=known, signature=key)
+
+    def probe_layer(self, layer: nn.Module, roles: tuple[Any, ...]) -> Mapping[str, Any]:
+        """The steps of a residual layer: its children are replaced by recorders that scale, and its own forward is run."""
+        role = dict(roles)
+        if forward_obstacle(layer) is not None:
+            raise NotASite("its forward must stay", benign=True)
+        children = dict(layer.named_children())
+        if any(isinstance(child, nn.Dropout) and child.p > 0 for child in children.values()):
+            raise NotASite("dropout on the residual", benign=True)
+        steps = [n for n, child in children.items() if n in role or next(child.parameters(), None) is not None]
+        log: list[tuple[str, float, dict[str, Any]]] = []
+        attention = [name for name in steps if role.get(name) == "attention"]
+        recorders = {
+            name: _Recorder(name, 1.0 + 0.37 * (i + 1), log, name in attention) for i, name in enumerate(steps)
+        }
+        parameters = positional_parameters(type(layer).forward)
+        sent = {p.name: object() if p.default is None or p.default is p.empty else p.default for p in parameters[1:]}
+        extra = object()
+        x = self.randn(1, 3, 4, dtype=torch.float64)
+        got = type(layer).forward(stand_in(layer, {}, recorders), x, **sent, sloth_probe=extra)
+        order = [name for name, _, _ in log]
+        sandwich = len(order) == 6
+        named = dict(zip(LAYER_STEPS if sandwich else ("before", "attention", "middle", "mlp"), order, strict=True))
+        named = {step: named.get(step, "") for step in LAYER_STEPS}
+        (kwargs,) = [kwargs for name, _, kwargs in log if name in attention]
+        norms = [named[step] for step in ("before", "after", "middle", "last") if named[step]]
+        scale = {name: factor for name, factor, _ in log}
+        inner = x * scale[named["before"]] * scale[named["attention"]] * scale.get(named["after"], 1.0)
+        summed = x + inner
+        wanted = summed + summed * scale[named["middle"]] * scale[named["mlp"]] * scale.get(named["last"], 1.0)
+        passes = {name: p.default for p in parameters[1:] for name in [p.name] if name in kwargs}
+        if (
+            [named["attention"]] != attention
+            or role.get(named["mlp"]) in ("rms_norm", "layer_norm")
+            or any(role.get(name) != "rms_norm" for name in norms)
+            or not isinstance(got, torch.Tensor)
+            or relative_error(got, wanted) > _TIGHT
+            or kwargs.pop("sloth_probe", None) is not extra
+            or any(kwargs[name] is not sent[name] for name in passes)
+            or set(kwargs) != set(passes)
+            or any(default is inspect.Parameter.empty for default in passes.values())
+        ):
+            raise NotASite("its steps are others than s = x + attention(norm(x)); s + mlp(norm(s))", benign=True)
+        names = tuple(p.name for p in parameters)
+        return MappingProxyType({"steps": MappingProxyType(named), "parameters": names, "passes": MappingProxyType(passes)})
 
     def find_head(self) -> None:
         get = getattr(self.model, "get_output_embeddings", None)

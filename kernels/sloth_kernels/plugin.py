@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sloth_kernels import gated_activation, layer_norm, qk_norm_rope, rms_norm, rope
+from sloth_kernels import add_rms_norm, gated_activation, layer_norm, qk_norm_rope, rms_norm, rope
 from sloth_kernels._library import INTERPRETED, triton_unavailable
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.specs import KernelSpec
@@ -31,6 +31,7 @@ def gated_mlp_reference(gate: torch.Tensor, up: torch.Tensor | None, *, activati
 
 OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("rms_norm", rms_norm.rms_norm, rms_norm.rms_norm_reference),
+    ("add_rms_norm", add_rms_norm.add_rms_norm, add_rms_norm.add_rms_norm_reference),
     ("layer_norm", layer_norm.layer_norm, layer_norm.layer_norm_reference),
     ("gated_mlp", gated_mlp, gated_mlp_reference),
     ("rope", rope.rope, rope.rope_reference),
