@@ -4,6 +4,9 @@ Without Triton the op files still import (their references are the CPU path); la
 `TRITON_INTERPRET=1`, set before the first import of triton, runs the kernels on CPU tensors.
 """
 
+# torch.library is untyped.
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import os
@@ -32,6 +35,7 @@ except ImportError:
     triton: Any = _Absent()  # type: ignore[no-redef]
     tl: Any = _Absent()  # type: ignore[no-redef]
 
+__all__ = ["HAS_TRITON", "INTERPRETED", "register_op", "tl", "triton", "triton_unavailable"]
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 _LIBRARY = torch.library.Library("sloth", "DEF")
 

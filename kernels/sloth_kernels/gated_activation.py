@@ -10,9 +10,9 @@ With S(z) = 1 / (1 + exp(-z)) and P(z) = (1 + erf(z / sqrt(2))) / 2:
     gelu_tanh   act(g) = g * S(u)      act'(g) = S(u) + g * S(u) * (1 - S(u)) * u'
                 u = 2 * sqrt(2 / pi) * (g + 0.044715 * g^3), since (1 + tanh(z)) / 2 = S(2 z)
 
-Shapes: gate, up, y (..., N); or both in one buffer (..., 2N), gate first. bf16, fp16, fp32; float32 arithmetic
-and one rounding. Only the inputs are saved: the activation is computed again in backward. Bytes that must move,
-in bf16: 6 an element of y forward, 10 backward.
+Shapes: gate, up, y (..., N); or both in one buffer (..., 2N), gate first. bf16, fp16, fp32; arithmetic in
+float32, one rounding. Only the inputs are saved: backward computes the activation again. Bytes that must
+move, in bf16: 6 an element of y forward, 10 backward.
 
 [1] Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202
 [2] Elfwing et al., Sigmoid-Weighted Linear Units, arXiv:1702.03118
@@ -43,10 +43,10 @@ def _activate(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         cdf = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
         slope = cdf + g * (0.3989422804014327 * tl.exp(-0.5 * g * g))
     elif ACTIVATION == "gelu_tanh":
-        # Beyond 16 the sigmoid is 0 or 1 exactly; unclamped, z * z could be inf in the slope, and 0 * inf is NaN.
+        # Beyond 16 the sigmoid is 0 or 1 exactly. Unclamped, z * z could be inf in the slope: 0 * inf is NaN.
         z = tl.minimum(tl.maximum(g, -16.0), 16.0)
         u = 1.5957691216057308 * (z + 0.044715 * (z * z * z))
-        # From exp(-|u|) all of S(u), 1 - S(u) and their product follow without overflow and without cancellation.
+        # exp(-|u|) gives S(u) and S(u) * (1 - S(u)) without overflow and without cancellation.
         decay = tl.exp(-tl.abs(u))
         larger = 1.0 / (1.0 + decay)
         cdf = tl.where(u >= 0.0, larger, decay * larger)
@@ -135,10 +135,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _block(width: int) -> int:
     """Elements a program: 4,096 (8 warps); fewer where rows are short or leave a last block mostly empty."""
-    smallest = int(triton.next_power_of_2(width))
+    smallest = 1 << max(0, width - 1).bit_length()
     if smallest <= 1024:
         return max(32, smallest)
-    return min((4096, 2048, 1024), key=lambda b: (max(-(-width // b) * b, 1.15 * width), -b))
+    return min((4096, 2048, 1024), key=lambda b: (max(-(-width // b) * b, 1.05 * width), -b))
 
 
 def _launch(kernel: Any, matrices: list[torch.Tensor], activation: str) -> None:

@@ -69,6 +69,11 @@ def layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows) & (col < N)
     at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    # Asked for before the reductions, whose barriers no load moves across.
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
     mean = tl.sum(x, axis=1, keep_dims=True) / N
     # The variance is taken about the mean: E[x^2] - mean^2 cancels where the mean is large.
     x = tl.where(mask, x - mean, 0.0)
@@ -77,9 +82,9 @@ def layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = x * rstd
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        y *= weight.to(tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        y += bias.to(tl.float32)
     tl.store(y_ptr + (row.to(tl.int64) * N + col), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -116,7 +121,8 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     in_row = tl.arange(0, ROWS)[:, None]
     start = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    if HAS_WEIGHT and PREFETCH:
+    KEEP_WEIGHT: tl.constexpr = PREFETCH or ROWS > 1
+    if HAS_WEIGHT and KEEP_WEIGHT:
         weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
             tl.float32
         )
@@ -163,7 +169,7 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             dy = loaded_dy.to(tl.float32)
             mean = loaded_mean
             rstd = loaded_rstd
-        if HAS_WEIGHT and not PREFETCH:
+        if HAS_WEIGHT and not KEEP_WEIGHT:
             weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
                 tl.float32
             )

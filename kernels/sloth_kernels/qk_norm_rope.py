@@ -1,7 +1,7 @@
 """RMSNorm of queries and keys over the head dim [1, 2], then rotary position embedding [3], in one launch.
 
-For each row x (one head of one token) of q with its weight w, and of k with its own, offset o and the rotation T
-of rope.py:
+For each row x (one head of one token) of q with its weight w, and of k with its own, with an offset o and the
+rotation T of rope.py:
 
     rstd = rsqrt(mean(x^2) + eps)      xhat = x * rstd      y = T(xhat * (w + o))
 
@@ -9,8 +9,8 @@ of rope.py:
     g = h * (w + o)                    dx = rstd * (g - xhat * mean(g * xhat))
 
 Shapes: q (B, Hq, S, D), k (B, Hk, S, D) for unsqueeze_dim=1, (B, S, H, D) for unsqueeze_dim=2; weights (D,);
-cos, sin (B or 1, S, R). bf16, fp16 or fp32 in any mixture; float32 from load to store, so that the normalised row
-is not rounded before it is rotated. Only q and k are saved: the backward needs their rows in any case, and rstd
+cos, sin (B or 1, S, R). bf16, fp16 or fp32 in any mixture; float32 from load to store, so that the normalised
+row is not rounded before it is rotated. Only q and k are saved: backward needs their rows anyway, and rstd
 comes with them. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token forward, 6 * (Hq + Hk) * D backward.
 
 [1] Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467
@@ -31,7 +31,6 @@ from sloth_kernels._library import register_op, tl, triton
 from sloth_kernels.rms_norm import multiprocessors, no_gradient, rms_norm_reference, sum_partials
 from sloth_kernels.rope import (
     check_rope_arguments,
-    head_rows,
     head_tiles,
     last_contiguous,
     load_pairs,
@@ -43,29 +42,20 @@ from sloth_kernels.rope import (
     rotary_strides,
     store_pairs,
     store_rest,
-    token_positions,
+    tile_rows,
     token_strides,
     warps_for,
 )
 
-# Where weight gradients are summed: enough loads in flight, few enough partial sums.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# Where weight gradients are summed, programs loop over rows; as many are resident at 128 registers a thread.
+WARPS_PER_MULTIPROCESSOR = 16
+# Software pipelining of that loop (through shared memory); 1 is off.
+STAGES = 1
 
 
 @triton.jit
-def _norm_rotate_store(  # type: ignore[no-untyped-def]
-    y_ptr,
-    y_rows,
-    live,
-    weight_ptr,
-    x1,
-    x2,
-    rest,
-    c1,
-    c2,
-    t1,
-    t2,
-    eps,
+def _load_weight(  # type: ignore[no-untyped-def]
+    ptr,
     offset,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -73,18 +63,46 @@ def _norm_rotate_store(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    origin = tl.zeros((1, 1, 1), tl.int64)
-    w1, w2 = load_pairs(weight_ptr, origin, origin == 0, R, BLOCK_HALF, INTERLEAVED, False)
-    squares = tl.sum(x1 * x1 + x2 * x2, axis=2, keep_dims=True)
+    """weight + offset in the three parts of a row, each (1, columns)."""
+    row = tl.zeros((1, 1), tl.int32)
+    first, second = load_pairs(ptr, row, row == 0, R, BLOCK_HALF, INTERLEAVED, "evict_last")
+    rest = 0.0
     if R < D:
-        squares += tl.sum(rest * rest, axis=2, keep_dims=True)
-    r = tl.rsqrt(squares / D + eps)
-    n1 = x1 * r * (w1 + offset)
-    n2 = x2 * r * (w2 + offset)
+        rest = load_rest(ptr, row, row == 0, R, D, BLOCK_REST, "evict_last") + offset
+    return first + offset, second + offset, rest
+
+
+@triton.jit
+def _norm_rotate(  # type: ignore[no-untyped-def]
+    y_ptr,
+    y_rows,
+    live,
+    x1,
+    x2,
+    x_rest,
+    w1,
+    w2,
+    w_rest,
+    c1,
+    c2,
+    t1,
+    t2,
+    eps,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)
+    if R < D:
+        squares += tl.sum(x_rest * x_rest, axis=1, keep_dims=True)
+    rstd = tl.rsqrt(squares / D + eps)
+    n1 = x1 * rstd * w1
+    n2 = x2 * rstd * w2
     store_pairs(y_ptr, y_rows, live, n1 * c1 + n2 * t1, n2 * c2 + n1 * t2, R, BLOCK_HALF, INTERLEAVED)
     if R < D:
-        w_rest = load_rest(weight_ptr, origin, origin == 0, R, D, BLOCK_REST, False)
-        store_rest(y_ptr, y_rows, live, rest * r * (w_rest + offset), R, D, BLOCK_REST)
+        store_rest(y_ptr, y_rows, live, x_rest * rstd * w_rest, R, D, BLOCK_REST)
 
 
 @triton.jit
@@ -130,81 +148,76 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    batch, position, live = token_positions(tl.program_id(0), tokens, seq_len, BLOCK_T)
-    for tile in tl.static_range(TILES):
-        q_rows, q_live = head_rows(
-            batch, position, live, tile * BLOCK_HQ, q_stride_b, q_stride_s, q_stride_h, HQ, BLOCK_HQ
-        )
-        k_rows, k_live = head_rows(
-            batch, position, live, tile * BLOCK_HK, k_stride_b, k_stride_s, k_stride_h, HK, BLOCK_HK
-        )
-        # As in rope.py: everything that comes from device memory is asked for before anything waits.
-        q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
-        k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
-        if R < D:
-            q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, True)
-            k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, True)
-        else:
-            q_rest = 0.0
-            k_rest = 0.0
-        c1, c2, t1, t2 = load_rotation(
-            cos_ptr,
-            sin_ptr,
-            batch * cos_stride_b + position * cos_stride_s,
-            batch * sin_stride_b + position * sin_stride_s,
-            live,
-            R,
-            BLOCK_HALF,
-            INTERLEAVED,
-            REPEAT,
-            False,
-        )
-        yq_rows, _ = head_rows(
-            batch, position, live, tile * BLOCK_HQ, yq_stride_b, yq_stride_s, yq_stride_h, HQ, BLOCK_HQ
-        )
-        yk_rows, _ = head_rows(
-            batch, position, live, tile * BLOCK_HK, yk_stride_b, yk_stride_s, yk_stride_h, HK, BLOCK_HK
-        )
-        _norm_rotate_store(
-            yq_ptr,
-            yq_rows,
-            q_live,
-            q_weight_ptr,
-            q1,
-            q2,
-            q_rest,
-            c1,
-            c2,
-            t1,
-            t2,
-            eps,
-            offset,
-            D,
-            R,
-            INTERLEAVED,
-            BLOCK_HALF,
-            BLOCK_REST,
-        )
-        _norm_rotate_store(
-            yk_ptr,
-            yk_rows,
-            k_live,
-            k_weight_ptr,
-            k1,
-            k2,
-            k_rest,
-            c1,
-            c2,
-            t1,
-            t2,
-            eps,
-            offset,
-            D,
-            R,
-            INTERLEAVED,
-            BLOCK_HALF,
-            BLOCK_REST,
-        )
+    block = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    qb, qs, q_token, qh, q_live = tile_rows(block, tile, tokens, seq_len, HQ, BLOCK_T, BLOCK_HQ)
+    kb, ks, k_token, kh, k_live = tile_rows(block, tile, tokens, seq_len, HK, BLOCK_T, BLOCK_HK)
+    q_rows = qb * q_stride_b + qs * q_stride_s + qh * q_stride_h
+    k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
+    # As in rope.py: everything that comes from device memory is asked for before anything waits.
+    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    q_rest = 0.0
+    k_rest = 0.0
+    if R < D:
+        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
+        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
+    w1, w2, w_rest = _load_weight(q_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    cos_rows = qb * cos_stride_b + qs * cos_stride_s
+    sin_rows = qb * sin_stride_b + qs * sin_stride_s
+    c1, c2, t1, t2 = load_rotation(
+        cos_ptr, sin_ptr, cos_rows, sin_rows, q_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, False
+    )
+    y_rows = qb * yq_stride_b + qs * yq_stride_s + qh * yq_stride_h
+    _norm_rotate(
+        yq_ptr,
+        y_rows,
+        q_live,
+        q1,
+        q2,
+        q_rest,
+        w1,
+        w2,
+        w_rest,
+        c1,
+        c2,
+        t1,
+        t2,
+        eps,
+        D,
+        R,
+        INTERLEAVED,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+    w1, w2, w_rest = _load_weight(k_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    cos_rows = kb * cos_stride_b + ks * cos_stride_s
+    sin_rows = kb * sin_stride_b + ks * sin_stride_s
+    c1, c2, t1, t2 = load_rotation(
+        cos_ptr, sin_ptr, cos_rows, sin_rows, k_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, False
+    )
+    y_rows = kb * yk_stride_b + ks * yk_stride_s + kh * yk_stride_h
+    _norm_rotate(
+        yk_ptr,
+        y_rows,
+        k_live,
+        k1,
+        k2,
+        k_rest,
+        w1,
+        w2,
+        w_rest,
+        c1,
+        c2,
+        t1,
+        t2,
+        eps,
+        D,
+        R,
+        INTERLEAVED,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
 
 
 @triton.jit
@@ -212,57 +225,55 @@ def _row_gradients(  # type: ignore[no-untyped-def]
     dx_ptr,
     dx_rows,
     live,
-    weight_ptr,
     x1,
     x2,
     x_rest,
     g1,
     g2,
     g_rest,
+    w1,
+    w2,
+    w_rest,
     c1,
     c2,
     t1,
     t2,
     eps,
-    offset,
     D: tl.constexpr,
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Store dx; return the terms h * n of dw for the first and second members of pairs and for the rest."""
-    origin = tl.zeros((1, 1, 1), tl.int64)
-    w1, w2 = load_pairs(weight_ptr, origin, origin == 0, R, BLOCK_HALF, INTERLEAVED, False)
+    """Store dx; return the terms h * xhat of dw in the three parts of a row."""
     h1 = g1 * c1 + g2 * t1
     h2 = g2 * c2 + g1 * t2
-    d1 = h1 * (w1 + offset)
-    d2 = h2 * (w2 + offset)
-    # Two sums that do not wait for each other: mean(g * n) is this one times r / D.
-    squares = tl.sum(x1 * x1 + x2 * x2, axis=2, keep_dims=True)
-    products = tl.sum(d1 * x1 + d2 * x2, axis=2, keep_dims=True)
+    d1 = h1 * w1
+    d2 = h2 * w2
+    # Two sums that do not wait for each other: mean(g * xhat) is the second one times rstd / D.
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True)
+    products = tl.sum(d1 * x1 + d2 * x2, axis=1, keep_dims=True)
     if R < D:
-        w_rest = load_rest(weight_ptr, origin, origin == 0, R, D, BLOCK_REST, False)
-        d_rest = g_rest * (w_rest + offset)
-        squares += tl.sum(x_rest * x_rest, axis=2, keep_dims=True)
-        products += tl.sum(d_rest * x_rest, axis=2, keep_dims=True)
-    # Rows that do not exist must add 0 to dw, also where eps = 0 makes their r infinite.
-    r = tl.where(live, tl.rsqrt(squares / D + eps), 0.0)
-    # In this order r**2 alone is never formed, which would underflow for large x.
-    along = products * r / D * r
-    store_pairs(
-        dx_ptr, dx_rows, live, r * (d1 - x1 * along), r * (d2 - x2 * along), R, BLOCK_HALF, INTERLEAVED
-    )
+        d_rest = g_rest * w_rest
+        squares += tl.sum(x_rest * x_rest, axis=1, keep_dims=True)
+        products += tl.sum(d_rest * x_rest, axis=1, keep_dims=True)
+    # Rows that do not exist must add 0 to dw, also where eps = 0 makes their rstd infinite.
+    rstd = tl.where(live, tl.rsqrt(squares / D + eps), 0.0)
+    # In this order rstd**2 is never formed, which would underflow for large x.
+    along = products * rstd / D * rstd
+    dx1 = rstd * (d1 - x1 * along)
+    dx2 = rstd * (d2 - x2 * along)
+    store_pairs(dx_ptr, dx_rows, live, dx1, dx2, R, BLOCK_HALF, INTERLEAVED)
     rest_terms = 0.0
     if R < D:
-        store_rest(dx_ptr, dx_rows, live, r * (d_rest - x_rest * along), R, D, BLOCK_REST)
-        rest_terms = g_rest * (x_rest * r)
-    return h1 * (x1 * r), h2 * (x2 * r), rest_terms
+        store_rest(dx_ptr, dx_rows, live, rstd * (d_rest - x_rest * along), R, D, BLOCK_REST)
+        rest_terms = g_rest * (x_rest * rstd)
+    return h1 * (x1 * rstd), h2 * (x2 * rstd), rest_terms
 
 
 @triton.jit
 def _store_partial(  # type: ignore[no-untyped-def]
-    partial_ptr,
+    ptr,
     sum1,
     sum2,
     sum_rest,
@@ -272,13 +283,12 @@ def _store_partial(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * D + tl.zeros((1, 1, 1), tl.int64)
-    first = tl.sum(tl.sum(sum1, axis=1, keep_dims=True), axis=0, keep_dims=True)
-    second = tl.sum(tl.sum(sum2, axis=1, keep_dims=True), axis=0, keep_dims=True)
-    store_pairs(partial_ptr, row, row >= 0, first, second, R, BLOCK_HALF, INTERLEAVED)
+    row = tl.program_id(0).to(tl.int64) * D + tl.zeros((1, 1), tl.int64)
+    first = tl.sum(sum1, axis=0, keep_dims=True)
+    second = tl.sum(sum2, axis=0, keep_dims=True)
+    store_pairs(ptr, row, row >= 0, first, second, R, BLOCK_HALF, INTERLEAVED)
     if R < D:
-        rest = tl.sum(tl.sum(sum_rest, axis=1, keep_dims=True), axis=0, keep_dims=True)
-        store_rest(partial_ptr, row, row >= 0, rest, R, D, BLOCK_REST)
+        store_rest(ptr, row, row >= 0, tl.sum(sum_rest, axis=0, keep_dims=True), R, D, BLOCK_REST)
 
 
 @triton.jit
@@ -329,6 +339,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     REPEAT: tl.constexpr,
     Q_WEIGHT_GRAD: tl.constexpr,
     K_WEIGHT_GRAD: tl.constexpr,
+    STAGES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HQ: tl.constexpr,
@@ -336,118 +347,111 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    # One sum for every (token, head) of the tile, folded at the end: no exchange between threads in the loop.
+    # One sum for every row of the tile, folded at the end: no exchange between threads in the loop.
     if Q_WEIGHT_GRAD:
-        q_sum1 = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_HALF), tl.float32)
-        q_sum2 = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_HALF), tl.float32)
-        q_sum_rest = tl.zeros((BLOCK_T, BLOCK_HQ, BLOCK_REST), tl.float32)
+        q_sum1 = tl.zeros((BLOCK_T * BLOCK_HQ, BLOCK_HALF), tl.float32)
+        q_sum2 = tl.zeros((BLOCK_T * BLOCK_HQ, BLOCK_HALF), tl.float32)
+        q_sum_rest = tl.zeros((BLOCK_T * BLOCK_HQ, BLOCK_REST), tl.float32)
     if K_WEIGHT_GRAD:
-        k_sum1 = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_HALF), tl.float32)
-        k_sum2 = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_HALF), tl.float32)
-        k_sum_rest = tl.zeros((BLOCK_T, BLOCK_HK, BLOCK_REST), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
-        batch, position, live = token_positions(block, tokens, seq_len, BLOCK_T)
-        for tile in tl.static_range(TILES):
-            q_rows, q_live = head_rows(
-                batch, position, live, tile * BLOCK_HQ, q_stride_b, q_stride_s, q_stride_h, HQ, BLOCK_HQ
-            )
-            k_rows, k_live = head_rows(
-                batch, position, live, tile * BLOCK_HK, k_stride_b, k_stride_s, k_stride_h, HK, BLOCK_HK
-            )
-            gq_rows, _ = head_rows(
-                batch, position, live, tile * BLOCK_HQ, gq_stride_b, gq_stride_s, gq_stride_h, HQ, BLOCK_HQ
-            )
-            gk_rows, _ = head_rows(
-                batch, position, live, tile * BLOCK_HK, gk_stride_b, gk_stride_s, gk_stride_h, HK, BLOCK_HK
-            )
-            q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
-            gq1, gq2 = load_pairs(gq_ptr, gq_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
-            k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
-            gk1, gk2 = load_pairs(gk_ptr, gk_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
+        k_sum1 = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_HALF), tl.float32)
+        k_sum2 = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_HALF), tl.float32)
+        k_sum_rest = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_REST), tl.float32)
+    for work in tl.range(
+        tl.program_id(0), tl.cdiv(tokens, BLOCK_T) * TILES, tl.num_programs(0), num_stages=STAGES
+    ):
+        block = work // TILES
+        tile = work % TILES
+        qb, qs, q_token, qh, q_live = tile_rows(block, tile, tokens, seq_len, HQ, BLOCK_T, BLOCK_HQ)
+        kb, ks, k_token, kh, k_live = tile_rows(block, tile, tokens, seq_len, HK, BLOCK_T, BLOCK_HK)
+        q_rows = qb * q_stride_b + qs * q_stride_s + qh * q_stride_h
+        k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
+        gq_rows = qb * gq_stride_b + qs * gq_stride_s + qh * gq_stride_h
+        gk_rows = kb * gk_stride_b + ks * gk_stride_s + kh * gk_stride_h
+        q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+        gq1, gq2 = load_pairs(gq_ptr, gq_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+        k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+        gk1, gk2 = load_pairs(gk_ptr, gk_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+        q_rest = 0.0
+        gq_rest = 0.0
+        k_rest = 0.0
+        gk_rest = 0.0
+        if R < D:
+            q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
+            gq_rest = load_rest(gq_ptr, gq_rows, q_live, R, D, BLOCK_REST, "evict_first")
+            k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
+            gk_rest = load_rest(gk_ptr, gk_rows, k_live, R, D, BLOCK_REST, "evict_first")
+        w1, w2, w_rest = _load_weight(q_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+        cos_rows = qb * cos_stride_b + qs * cos_stride_s
+        sin_rows = qb * sin_stride_b + qs * sin_stride_s
+        c1, c2, t1, t2 = load_rotation(
+            cos_ptr, sin_ptr, cos_rows, sin_rows, q_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, True
+        )
+        dx_rows = qb * dq_stride_b + qs * dq_stride_s + qh * dq_stride_h
+        terms1, terms2, terms_rest = _row_gradients(
+            dq_ptr,
+            dx_rows,
+            q_live,
+            q1,
+            q2,
+            q_rest,
+            gq1,
+            gq2,
+            gq_rest,
+            w1,
+            w2,
+            w_rest,
+            c1,
+            c2,
+            t1,
+            t2,
+            eps,
+            D,
+            R,
+            INTERLEAVED,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+        if Q_WEIGHT_GRAD:
+            q_sum1 += terms1
+            q_sum2 += terms2
             if R < D:
-                q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, True)
-                gq_rest = load_rest(gq_ptr, gq_rows, q_live, R, D, BLOCK_REST, True)
-                k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, True)
-                gk_rest = load_rest(gk_ptr, gk_rows, k_live, R, D, BLOCK_REST, True)
-            else:
-                q_rest = 0.0
-                gq_rest = 0.0
-                k_rest = 0.0
-                gk_rest = 0.0
-            c1, c2, t1, t2 = load_rotation(
-                cos_ptr,
-                sin_ptr,
-                batch * cos_stride_b + position * cos_stride_s,
-                batch * sin_stride_b + position * sin_stride_s,
-                live,
-                R,
-                BLOCK_HALF,
-                INTERLEAVED,
-                REPEAT,
-                True,
-            )
-            dq_rows, _ = head_rows(
-                batch, position, live, tile * BLOCK_HQ, dq_stride_b, dq_stride_s, dq_stride_h, HQ, BLOCK_HQ
-            )
-            dk_rows, _ = head_rows(
-                batch, position, live, tile * BLOCK_HK, dk_stride_b, dk_stride_s, dk_stride_h, HK, BLOCK_HK
-            )
-            q_terms1, q_terms2, q_terms_rest = _row_gradients(
-                dq_ptr,
-                dq_rows,
-                q_live,
-                q_weight_ptr,
-                q1,
-                q2,
-                q_rest,
-                gq1,
-                gq2,
-                gq_rest,
-                c1,
-                c2,
-                t1,
-                t2,
-                eps,
-                offset,
-                D,
-                R,
-                INTERLEAVED,
-                BLOCK_HALF,
-                BLOCK_REST,
-            )
-            k_terms1, k_terms2, k_terms_rest = _row_gradients(
-                dk_ptr,
-                dk_rows,
-                k_live,
-                k_weight_ptr,
-                k1,
-                k2,
-                k_rest,
-                gk1,
-                gk2,
-                gk_rest,
-                c1,
-                c2,
-                t1,
-                t2,
-                eps,
-                offset,
-                D,
-                R,
-                INTERLEAVED,
-                BLOCK_HALF,
-                BLOCK_REST,
-            )
-            if Q_WEIGHT_GRAD:
-                q_sum1 += q_terms1
-                q_sum2 += q_terms2
-                if R < D:
-                    q_sum_rest += q_terms_rest
-            if K_WEIGHT_GRAD:
-                k_sum1 += k_terms1
-                k_sum2 += k_terms2
-                if R < D:
-                    k_sum_rest += k_terms_rest
+                q_sum_rest += terms_rest
+        w1, w2, w_rest = _load_weight(k_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+        cos_rows = kb * cos_stride_b + ks * cos_stride_s
+        sin_rows = kb * sin_stride_b + ks * sin_stride_s
+        c1, c2, t1, t2 = load_rotation(
+            cos_ptr, sin_ptr, cos_rows, sin_rows, k_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, True
+        )
+        dx_rows = kb * dk_stride_b + ks * dk_stride_s + kh * dk_stride_h
+        terms1, terms2, terms_rest = _row_gradients(
+            dk_ptr,
+            dx_rows,
+            k_live,
+            k1,
+            k2,
+            k_rest,
+            gk1,
+            gk2,
+            gk_rest,
+            w1,
+            w2,
+            w_rest,
+            c1,
+            c2,
+            t1,
+            t2,
+            eps,
+            D,
+            R,
+            INTERLEAVED,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+        if K_WEIGHT_GRAD:
+            k_sum1 += terms1
+            k_sum2 += terms2
+            if R < D:
+                k_sum_rest += terms_rest
     if Q_WEIGHT_GRAD:
         _store_partial(q_partial_ptr, q_sum1, q_sum2, q_sum_rest, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     if K_WEIGHT_GRAD:
@@ -497,7 +501,7 @@ def qk_norm_rope_fwd(
     )
     if tokens:
         with torch.cuda.device_of(q):
-            _forward_kernel[(-(-tokens // tiles["BLOCK_T"]),)](
+            _forward_kernel[(-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],)](
                 q,
                 k,
                 q_weight,
@@ -566,10 +570,11 @@ def qk_norm_rope_bwd(
     tokens, seq_len, tiles, constants = _shapes(
         q, k, cos, layout, unsqueeze_dim, any(s < h for _, s, h in strides[::2])
     )
-    blocks = -(-tokens // tiles["BLOCK_T"])
-    programs = blocks
+    # Half the elements a thread of the forward: x, its gradient and the sums are live at once.
+    num_warps = warps_for(tiles, 16)
+    programs = work = -(-tokens // tiles["BLOCK_T"]) * tiles["TILES"]
     if q_weight_grad or k_weight_grad:
-        programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device))
+        programs = min(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
     dim = q.shape[3]
     partials = [
         torch.empty((programs, dim), dtype=torch.float32, device=q.device) if wanted else None
@@ -603,8 +608,8 @@ def qk_norm_rope_bwd(
                 *strides[5],
                 Q_WEIGHT_GRAD=q_weight_grad,
                 K_WEIGHT_GRAD=k_weight_grad,
-                # Half the elements a thread of the forward: x, its gradient and the sums are live at once.
-                num_warps=warps_for(tiles, 16),
+                STAGES=STAGES,
+                num_warps=num_warps,
                 **constants,
             )
     dq_weight, dk_weight = (
@@ -738,8 +743,8 @@ def qk_norm_rope(
         q_weight, k_weight: (D,), float32, bfloat16 or float16.
         eps: added to the mean of squares.
         offset: added to the weights in float32: 1 for Gemma's zero-centred weights.
-        cast_before_weight: eager's order of roundings. Here it decides only the dtype of the result: that of the
-            norm is promote_types(x.dtype, weight.dtype) if true, else x.dtype; then cos promotes it.
+        cast_before_weight: eager's order of roundings. Here it decides only the dtype of the result: that of
+            the norm is promote_types(x.dtype, weight.dtype) if true, else x.dtype; then cos promotes it.
 
     Returns:
         q and k, normalised and rotated, in the memory order of q and k.

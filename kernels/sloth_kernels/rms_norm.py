@@ -90,8 +90,10 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows) & (col < N)
     at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if HAS_WEIGHT:
+        # Asked for before the reduction, whose barrier no load moves across, so that it does not wait twice.
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
     out_at = row.to(tl.int64) * N + col
-    # The dtype whose rounding xhat takes in the Llama order: the sum's, where there is a residual.
     if HAS_RESIDUAL:
         at = row_offset(row, size1, size2, residual_stride0, residual_stride1, residual_stride2, LEVELS) + col
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -103,21 +105,19 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = x * rstd
     if CAST_BEFORE_WEIGHT:
+        # To the dtype of what is normalised: the sum's, where there is a residual.
         if HAS_RESIDUAL:
             y = y.to(summed_ptr.dtype.element_ty).to(tl.float32)
         else:
             y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if HAS_WEIGHT:
-        y *= (
-            tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            + OFFSET
-        )
+        y *= weight.to(tl.float32) + OFFSET
     tl.store(y_ptr + out_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_per_row(ptr, first, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(ROWS, 1). Loaded as a vector: a (ROWS, 1) load is repeated for every element that a thread has in a row."""
+    """(ROWS, 1), loaded as a vector: each thread would repeat a (ROWS, 1) load for every column it has."""
     row = first + tl.arange(0, ROWS)
     return tl.load(ptr + row, mask=row < rows, other=0.0)[:, None]
 
@@ -155,14 +155,15 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
 ):
     """Tiles of ROWS rows, a grid apart. The sum over a program's rows stays in registers and is written once.
 
-    PREFETCH keeps memory busy through the reduction: the next tile's loads go out before this tile is used. Without
-    it the weight is read again for each tile, from the cache, which leaves registers to rows that need them all.
+    PREFETCH keeps memory busy through the reduction: the next tile's loads go out before this tile is used.
+    Without it, a wide row's weight is read again for each tile, from the cache: its registers go to the row.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     in_row = tl.arange(0, ROWS)[:, None]
     start = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    if HAS_WEIGHT and PREFETCH:
+    KEEP_WEIGHT: tl.constexpr = PREFETCH or ROWS > 1
+    if HAS_WEIGHT and KEEP_WEIGHT:
         weight = (
             tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
             + OFFSET
@@ -219,7 +220,7 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             rstd = loaded_rstd
             if HAS_DSUMMED:
                 dsummed = loaded_dsummed
-        if HAS_WEIGHT and not PREFETCH:
+        if HAS_WEIGHT and not KEEP_WEIGHT:
             weight = (
                 tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
                     tl.float32

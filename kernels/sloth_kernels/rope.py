@@ -13,8 +13,8 @@ they read:
     "interleaved_repeat"  pairs (2j, 2j + 1), c[j] for both              GLM-4
 
 Shapes: q (B, Hq, S, D), k (B, Hk, S, D) for unsqueeze_dim=1, (B, S, H, D) for unsqueeze_dim=2; cos, sin
-(B or 1, S, R). bf16, fp16 or fp32 in any mixture; arithmetic in float32, one rounding at the end. Only cos and
-sin are saved. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token, forward and backward alike.
+(B or 1, S, R). bf16, fp16 or fp32 in any mixture; arithmetic in float32, one rounding. Only cos and sin are
+saved. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token, forward and backward alike.
 
 [1] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864
 """
@@ -37,8 +37,8 @@ TILE_ELEMENTS = 4096
 MIN_PROGRAMS = 1056
 
 
-# Tiles are (tokens, heads, columns). A row's R rotary columns are held as two tiles, the first and the second
-# member of each pair: with that the rotation is elementwise in every layout.
+# A tile is (rows, columns); a row is one head of one token. Its R rotary columns are held as two tiles, the
+# first and the second member of each pair: with that the rotation is elementwise in every layout.
 
 
 @triton.jit
@@ -49,23 +49,21 @@ def load_pairs(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    STREAMED: tl.constexpr,
+    POLICY: tl.constexpr,
 ):
-    """Both members of each pair, in float32, 0 where masked; `rows` are the element offsets of the rows."""
-    policy: tl.constexpr = "evict_first" if STREAMED else "evict_last"
+    """Both members of each pair, in float32, 0 where masked; `rows` (n, 1): element offsets of the rows."""
     if INTERLEAVED:
         # Whole rows are loaded and split in registers: loads of every second element would not be vectorised.
-        columns = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
         inside = mask & (columns < R)
-        x = tl.load(ptr + rows + columns, mask=inside, other=0.0, eviction_policy=policy).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], BLOCK_HALF, 2)))
+        x = tl.load(ptr + rows + columns, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK_HALF, 2)))
     else:
-        columns = tl.arange(0, BLOCK_HALF)[None, None, :]
+        columns = tl.arange(0, BLOCK_HALF)[None, :]
         inside = mask & (columns < R // 2)
-        first = tl.load(ptr + rows + columns, mask=inside, other=0.0, eviction_policy=policy).to(tl.float32)
-        second = tl.load(ptr + R // 2 + rows + columns, mask=inside, other=0.0, eviction_policy=policy).to(
-            tl.float32
-        )
+        at = ptr + rows + columns
+        first = tl.load(at, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+        second = tl.load(at + R // 2, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
     return first, second
 
 
@@ -74,31 +72,33 @@ def store_pairs(  # type: ignore[no-untyped-def]
     ptr, rows, mask, first, second, R: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
     if INTERLEAVED:
-        columns = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-        joined = tl.reshape(tl.join(first, second), (first.shape[0], first.shape[1], 2 * BLOCK_HALF))
+        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        joined = tl.reshape(tl.join(first, second), (first.shape[0], 2 * BLOCK_HALF))
         tl.store(ptr + rows + columns, joined.to(ptr.dtype.element_ty), mask=mask & (columns < R))
     else:
-        columns = tl.arange(0, BLOCK_HALF)[None, None, :]
+        columns = tl.arange(0, BLOCK_HALF)[None, :]
         inside = mask & (columns < R // 2)
-        tl.store(ptr + rows + columns, first.to(ptr.dtype.element_ty), mask=inside)
-        tl.store(ptr + R // 2 + rows + columns, second.to(ptr.dtype.element_ty), mask=inside)
+        at = ptr + rows + columns
+        tl.store(at, first.to(ptr.dtype.element_ty), mask=inside)
+        tl.store(at + R // 2, second.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_rest(  # type: ignore[no-untyped-def]
-    ptr, rows, mask, R: tl.constexpr, D: tl.constexpr, BLOCK_REST: tl.constexpr, STREAMED: tl.constexpr
+    ptr, rows, mask, R: tl.constexpr, D: tl.constexpr, BLOCK_REST: tl.constexpr, POLICY: tl.constexpr
 ):
     """The columns R..D that are not rotated, in float32, 0 where masked."""
-    policy: tl.constexpr = "evict_first" if STREAMED else "evict_last"
-    columns = tl.arange(0, BLOCK_REST)[None, None, :]
+    columns = tl.arange(0, BLOCK_REST)[None, :]
     inside = mask & (columns < D - R)
-    return tl.load(ptr + R + rows + columns, mask=inside, other=0.0, eviction_policy=policy).to(tl.float32)
+    return tl.load(ptr + rows + columns + R, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit
-def store_rest(ptr, rows, mask, rest, R: tl.constexpr, D: tl.constexpr, BLOCK_REST: tl.constexpr):  # type: ignore[no-untyped-def]
-    columns = tl.arange(0, BLOCK_REST)[None, None, :]
-    tl.store(ptr + R + rows + columns, rest.to(ptr.dtype.element_ty), mask=mask & (columns < D - R))
+def store_rest(  # type: ignore[no-untyped-def]
+    ptr, rows, mask, rest, R: tl.constexpr, D: tl.constexpr, BLOCK_REST: tl.constexpr
+):
+    columns = tl.arange(0, BLOCK_REST)[None, :]
+    tl.store(ptr + rows + columns + R, rest.to(ptr.dtype.element_ty), mask=mask & (columns < D - R))
 
 
 @triton.jit
@@ -116,15 +116,15 @@ def load_rotation(  # type: ignore[no-untyped-def]
 ):
     """(c1, c2, t1, t2) such that the pair (x1, x2) turns into (x1*c1 + x2*t1, x2*c2 + x1*t2)."""
     if REPEAT:
-        columns = tl.arange(0, BLOCK_HALF)[None, None, :]
+        columns = tl.arange(0, BLOCK_HALF)[None, :]
         inside = mask & (columns < R // 2)
         c1 = tl.load(cos_ptr + cos_rows + columns, mask=inside, other=0.0).to(tl.float32)
         s1 = tl.load(sin_ptr + sin_rows + columns, mask=inside, other=0.0).to(tl.float32)
         c2 = c1
         s2 = s1
     else:
-        c1, c2 = load_pairs(cos_ptr, cos_rows, mask, R, BLOCK_HALF, INTERLEAVED, False)
-        s1, s2 = load_pairs(sin_ptr, sin_rows, mask, R, BLOCK_HALF, INTERLEAVED, False)
+        c1, c2 = load_pairs(cos_ptr, cos_rows, mask, R, BLOCK_HALF, INTERLEAVED, "evict_last")
+        s1, s2 = load_pairs(sin_ptr, sin_rows, mask, R, BLOCK_HALF, INTERLEAVED, "evict_last")
     if BACKWARD:
         t1 = s2
         t2 = -s1
@@ -135,20 +135,25 @@ def load_rotation(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def token_positions(block, tokens, seq_len, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(batch, position, mask), each (BLOCK_T, 1, 1), of the block-th run of BLOCK_T tokens."""
-    # Divided while 32 bits wide, which is several times cheaper; wide before strides multiply it.
-    token = block * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
-    return (token // seq_len).to(tl.int64), (token % seq_len).to(tl.int64), token < tokens
-
-
-@triton.jit
-def head_rows(  # type: ignore[no-untyped-def]
-    batch, position, live, start, stride_b, stride_s, stride_h, H: tl.constexpr, BLOCK_H: tl.constexpr
+def tile_rows(  # type: ignore[no-untyped-def]
+    block, tile, tokens, seq_len, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """(row offsets, mask), each (BLOCK_T, BLOCK_H, 1), of BLOCK_H heads from `start`."""
-    heads = start + tl.arange(0, BLOCK_H)[None, :, None].to(tl.int64)
-    return batch * stride_b + position * stride_s + heads * stride_h, live & (heads < H)
+    """(batch, position, token mask, head, row mask) of a tile's rows, each (rows, 1).
+
+    The first three are (1, 1) where BLOCK_T is 1, so that cos and sin are loaded once for all heads. For
+    several tokens each row loads its own, from L1: a broadcast over heads would go through shared memory.
+    """
+    row = tl.arange(0, BLOCK_T * BLOCK_H)[:, None]
+    if BLOCK_T == 1:
+        token = block + tl.zeros((1, 1), tl.int32)
+        head = tile * BLOCK_H + row
+    else:
+        token = block * BLOCK_T + row // BLOCK_H
+        head = tile * BLOCK_H + row % BLOCK_H
+    # Divided while 32 bits wide, which is several times cheaper; 64 bits wide before strides multiply it.
+    batch = (token // seq_len).to(tl.int64)
+    position = (token % seq_len).to(tl.int64)
+    return batch, position, token < tokens, head.to(tl.int64), (token < tokens) & (head < H)
 
 
 @triton.jit
@@ -191,44 +196,40 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    batch, position, live = token_positions(tl.program_id(0), tokens, seq_len, BLOCK_T)
-    for tile in tl.static_range(TILES):
-        # All loads of q and k come before the first use, and before cos and sin, whose broadcast over heads
-        # goes through shared memory: what is issued after that barrier would wait for it.
-        q_rows, q_live = head_rows(
-            batch, position, live, tile * BLOCK_HQ, q_stride_b, q_stride_s, q_stride_h, HQ, BLOCK_HQ
-        )
-        k_rows, k_live = head_rows(
-            batch, position, live, tile * BLOCK_HK, k_stride_b, k_stride_s, k_stride_h, HK, BLOCK_HK
-        )
-        q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, True)
-        k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, True)
-        if R < D:
-            q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, True)
-            k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, True)
-        c1, c2, t1, t2 = load_rotation(
-            cos_ptr,
-            sin_ptr,
-            batch * cos_stride_b + position * cos_stride_s,
-            batch * sin_stride_b + position * sin_stride_s,
-            live,
-            R,
-            BLOCK_HALF,
-            INTERLEAVED,
-            REPEAT,
-            BACKWARD,
-        )
-        yq_rows, _ = head_rows(
-            batch, position, live, tile * BLOCK_HQ, yq_stride_b, yq_stride_s, yq_stride_h, HQ, BLOCK_HQ
-        )
-        yk_rows, _ = head_rows(
-            batch, position, live, tile * BLOCK_HK, yk_stride_b, yk_stride_s, yk_stride_h, HK, BLOCK_HK
-        )
-        store_pairs(yq_ptr, yq_rows, q_live, q1 * c1 + q2 * t1, q2 * c2 + q1 * t2, R, BLOCK_HALF, INTERLEAVED)
-        store_pairs(yk_ptr, yk_rows, k_live, k1 * c1 + k2 * t1, k2 * c2 + k1 * t2, R, BLOCK_HALF, INTERLEAVED)
-        if R < D:
-            store_rest(yq_ptr, yq_rows, q_live, q_rest, R, D, BLOCK_REST)
-            store_rest(yk_ptr, yk_rows, k_live, k_rest, R, D, BLOCK_REST)
+    block = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    qb, qs, q_token, qh, q_live = tile_rows(block, tile, tokens, seq_len, HQ, BLOCK_T, BLOCK_HQ)
+    kb, ks, k_token, kh, k_live = tile_rows(block, tile, tokens, seq_len, HK, BLOCK_T, BLOCK_HK)
+    q_rows = qb * q_stride_b + qs * q_stride_s + qh * q_stride_h
+    k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
+    # All loads of q and k come before the first use, and before cos and sin, which come from a cache and may
+    # pass through shared memory: what is issued after that barrier would wait for it.
+    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    if R < D:
+        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
+        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
+    cos_rows = qb * cos_stride_b + qs * cos_stride_s
+    sin_rows = qb * sin_stride_b + qs * sin_stride_s
+    c1, c2, t1, t2 = load_rotation(
+        cos_ptr, sin_ptr, cos_rows, sin_rows, q_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, BACKWARD
+    )
+    yq_rows = qb * yq_stride_b + qs * yq_stride_s + qh * yq_stride_h
+    store_pairs(yq_ptr, yq_rows, q_live, q1 * c1 + q2 * t1, q2 * c2 + q1 * t2, R, BLOCK_HALF, INTERLEAVED)
+    cos_rows = kb * cos_stride_b + ks * cos_stride_s
+    sin_rows = kb * sin_stride_b + ks * sin_stride_s
+    c1, c2, t1, t2 = load_rotation(
+        cos_ptr, sin_ptr, cos_rows, sin_rows, k_token, R, BLOCK_HALF, INTERLEAVED, REPEAT, BACKWARD
+    )
+    yk_rows = kb * yk_stride_b + ks * yk_stride_s + kh * yk_stride_h
+    store_pairs(yk_ptr, yk_rows, k_live, k1 * c1 + k2 * t1, k2 * c2 + k1 * t2, R, BLOCK_HALF, INTERLEAVED)
+    if R < D:
+        store_rest(yq_ptr, yq_rows, q_live, q_rest, R, D, BLOCK_REST)
+        store_rest(yk_ptr, yk_rows, k_live, k_rest, R, D, BLOCK_REST)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -245,19 +246,21 @@ def token_strides(x: torch.Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
 def head_tiles(
     tokens: int, q_heads: int, k_heads: int, dim: int, rotary: int, strided_tokens: bool
 ) -> dict[str, int]:
-    """Tile sizes: BLOCK_T tokens x (BLOCK_HQ + BLOCK_HK) heads, TILES times until all heads are done.
+    """Tile sizes: BLOCK_T tokens x (BLOCK_HQ + BLOCK_HK) heads, in TILES programs that share all heads.
 
     strided_tokens: (B, H, S, D) memory, where a head's neighbouring tokens adjoin and heads lie far apart.
     """
-    block_half = triton.next_power_of_2(rotary // 2)
-    block_rest = triton.next_power_of_2(dim - rotary) if rotary < dim else 1
-    width = 2 * block_half + (block_rest if rotary < dim else 0)
-    fitting_heads = max(1, TILE_ELEMENTS // triton.next_power_of_2(width))
+    block_half = next_power_of_2(rotary // 2)
+    # 1 instead of 0, which is no shape; nothing uses it then.
+    block_rest = next_power_of_2(dim - rotary) if rotary < dim else 1
+    width = 2 * block_half + block_rest * (rotary < dim)
+    # Rounded down to a power of two.
+    fitting_heads = 1 << max(0, (TILE_ELEMENTS // width).bit_length() - 1)
     heads = max(q_heads, k_heads)
     block_t = 4 if strided_tokens and fitting_heads >= 8 else 1
     limit = fitting_heads // block_t
-    if triton.next_power_of_2(heads) <= limit:
-        block_h = triton.next_power_of_2(heads)
+    if next_power_of_2(heads) <= limit:
+        block_h = next_power_of_2(heads)
     else:
         # Odd head counts (40, 14): the block that leaves fewest lanes idle, the larger one on a tie.
         block_h = min(
@@ -269,8 +272,8 @@ def head_tiles(
     return {
         "TILES": tiles,
         "BLOCK_T": block_t,
-        "BLOCK_HQ": triton.next_power_of_2(-(-q_heads // tiles)),
-        "BLOCK_HK": triton.next_power_of_2(-(-k_heads // tiles)),
+        "BLOCK_HQ": next_power_of_2(-(-q_heads // tiles)),
+        "BLOCK_HK": next_power_of_2(-(-k_heads // tiles)),
         "BLOCK_HALF": block_half,
         "BLOCK_REST": block_rest,
     }
@@ -279,8 +282,9 @@ def head_tiles(
 def warps_for(tiles: dict[str, int], elements_per_thread: int) -> int:
     """Warps such that a thread holds about that many elements of the larger of the q and k tiles."""
     heads = max(tiles["BLOCK_HQ"], tiles["BLOCK_HK"])
-    elements = tiles["BLOCK_T"] * heads * max(2 * tiles["BLOCK_HALF"], tiles["BLOCK_REST"])
-    return int(min(16, max(1, elements // (32 * elements_per_thread))))
+    rest = tiles["BLOCK_REST"] if tiles["BLOCK_REST"] > 1 else 0
+    elements = tiles["BLOCK_T"] * heads * (2 * tiles["BLOCK_HALF"] + rest)
+    return min(16, next_power_of_2(-(-elements // (32 * elements_per_thread))))
 
 
 def rotary_strides(x: torch.Tensor) -> tuple[int, int]:
@@ -314,7 +318,7 @@ def _launch(
         any(s < h for _, s, h in (strides[0], strides[2])) and q.shape[unsqueeze_dim] > 1,
     )
     with torch.cuda.device_of(q):
-        _rope_kernel[(-(-tokens // tiles["BLOCK_T"]),)](
+        _rope_kernel[(-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],)](
             q,
             k,
             cos,

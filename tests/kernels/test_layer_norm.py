@@ -37,7 +37,9 @@ def seed() -> None:
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, poison: None) -> None:
     x = torch.randn(shape, dtype=dtype, device=device)
     weight, bias = (torch.randn(shape[-1], dtype=dtype, device=device) for _ in range(2))
-    for frozen in ([], ["weight"], ["bias"], ["weight", "bias"]):
+    # Interpreted, a wide row costs a program for every 16 columns of the sum.
+    single = [["weight"], ["bias"]] if x.shape[-1] < 1000 else []
+    for frozen in ([], *single, ["weight", "bias"]):
         compare({"x": x, "weight": weight, "bias": bias}, frozen=frozen)
 
 
@@ -112,7 +114,7 @@ def test_views_of_x_and_of_its_gradient(view: str, device: torch.device, poison:
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e4), (torch.float16, 3e4)])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_magnitudes(dtype: torch.dtype, scale: float, shift: float, device: torch.device) -> None:
-    """With a shift the mean is as large as the spread, which a variance of E[x^2] - mean^2 would not survive."""
+    """With a shift the mean is as large as the spread: a variance of E[x^2] - mean^2 would cancel."""
     x = (torch.rand(5, 96, device=device) * 2 - 1 + shift).mul(scale).to(dtype)
     weight, bias = (torch.randn(96, dtype=dtype, device=device) for _ in range(2))
     compare({"x": x, "weight": weight, "bias": bias})

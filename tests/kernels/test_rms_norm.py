@@ -79,7 +79,7 @@ def test_mixed_dtypes(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_order_is_that_of_eager(dtype: torch.dtype, device: torch.device) -> None:
-    """Bit for bit but for the last bit of rstd: the two orders differ in many more elements than this allows."""
+    """Bit for bit but for the last bit of rstd; the two orders differ in far more elements than that."""
     x = torch.randn(64, 96, dtype=dtype, device=device)
     weight = torch.randn(96, dtype=dtype, device=device)
     for order in (True, False):
