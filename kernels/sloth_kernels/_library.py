@@ -35,7 +35,16 @@ except ImportError:
     triton: Any = _Absent()  # type: ignore[no-redef]
     tl: Any = _Absent()  # type: ignore[no-redef]
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "register_op", "tl", "triton", "triton_unavailable"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "differentiable_gradients",
+    "register_op",
+    "tl",
+    "triton",
+    "triton_unavailable",
+    "wants_graph",
+]
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 _LIBRARY = torch.library.Library("sloth", "DEF")
 
@@ -69,3 +78,37 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
     for key in keys:
         _LIBRARY.impl(name, on_its_device, key)
     torch.library.register_fake(f"sloth::{name}", fake, lib=_LIBRARY)
+
+
+def wants_graph() -> bool:
+    """Whether a running backward must itself be differentiable (`create_graph=True`), which the kernels are not."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Gradients of `reference(*inputs)` for the incoming `grads`, one an input, that can be differentiated again.
+
+    The way of every backward here under `create_graph=True`: slower, and right to any order.
+    """
+    wanted = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.enable_grad():
+        outputs = reference(*inputs)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        pairs = [
+            (o, g.to(o.dtype))
+            for o, g in zip(outputs, grads, strict=True)
+            if g is not None and o.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [inputs[i] for i in wanted],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    result: list[torch.Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return result

@@ -23,11 +23,12 @@ Bytes that must move (N columns, bf16): forward 8N a row, backward 8N a row.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from sloth_kernels._library import register_op
+from sloth_kernels._library import differentiable_gradients, register_op, wants_graph
 from sloth_kernels.rms_norm import (
     KERNEL_DTYPES,
     check_norm_arguments,
@@ -127,6 +128,12 @@ class AddRMSNormFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(summed, weight, rstd)
         ctx.offset = offset
+        ctx.options = {
+            "eps": eps,
+            "offset": offset,
+            "cast_before_weight": cast_before_weight,
+            "out_dtype": out_dtype,
+        }
         ctx.dtypes = (x.dtype, residual.dtype)
         # An unused output would otherwise cost a tensor of zeros, written and read. Dynamo lacks the method.
         if not torch.compiler.is_compiling():
@@ -142,6 +149,11 @@ class AddRMSNormFunction(torch.autograd.Function):
         dweight = None
         if dy is None:
             dsum = dsummed
+        elif wants_graph():
+            reference = functools.partial(rms_norm_reference, **ctx.options)
+            dsum, dweight = differentiable_gradients(reference, (summed, weight), [dy])
+            if dsummed is not None:
+                dsum = dsummed if dsum is None else dsum + dsummed
         else:
             weight_grad = ctx.needs_input_grad[2]
             dsum, dweight = torch.ops.sloth.add_rms_norm_bwd(

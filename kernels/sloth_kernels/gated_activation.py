@@ -24,12 +24,13 @@ move, in bf16: 6 an element of y forward, 10 backward.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 # Two 16-byte loads (bf16) of each input in flight a thread, and few enough registers for full occupancy.
@@ -249,6 +250,9 @@ class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
+        if wants_graph():
+            reference = functools.partial(gated_activation_reference, activation=ctx.activation)
+            return *differentiable_gradients(reference, (gate, up), [grad]), None
         dgate, dup = torch.ops.sloth.gated_activation_bwd(grad, gate, up, ctx.activation)
         return dgate, dup, None
 
@@ -263,6 +267,9 @@ class _GatedActivationPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
+        if wants_graph():
+            reference = functools.partial(gated_activation_packed_reference, activation=ctx.activation)
+            return *differentiable_gradients(reference, (gate_up,), [grad]), None
         return torch.ops.sloth.gated_activation_packed_bwd(grad, gate_up, ctx.activation), None
 
 

@@ -23,11 +23,12 @@ Bytes that must move (N columns, bf16): forward 4N a row, backward 6N a row.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 from sloth_kernels.rms_norm import (
     as_rows,
     check_norm_arguments,
@@ -339,12 +340,18 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, rstd)
         # The bias itself is not needed in the backward, only what its gradient looks like.
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = {"eps": eps, "out_dtype": out_dtype}
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         _, weight_grad, bias_grad, *_ = ctx.needs_input_grad
+        if wants_graph():
+            # Nothing depends on the value of the bias, so zeros stand for it.
+            bias = x.new_zeros(x.shape[-1], dtype=ctx.bias_dtype).requires_grad_() if bias_grad else None
+            reference = functools.partial(layer_norm_reference, **ctx.options)
+            return *differentiable_gradients(reference, (x, weight, bias), [dy]), None, None
         dx, dweight, dbias = torch.ops.sloth.layer_norm_bwd(
             dy, x, weight, mean, rstd, weight_grad, ctx.bias_dtype if bias_grad else None
         )

@@ -41,7 +41,9 @@ OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
 
 def _too_wide(device: torch.device, dtype: torch.dtype, facts: Mapping[str, Any]) -> str | None:
     width = facts.get("width", 0)
-    return f"rows of {width} are wider than the {MAX_WIDTH} that the kernel holds" if width > MAX_WIDTH else None
+    return (
+        f"rows of {width} are wider than the {MAX_WIDTH} that the kernel holds" if width > MAX_WIDTH else None
+    )
 
 
 @hookimpl(trylast=True)

@@ -23,11 +23,12 @@ comes with them. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token forwar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 from sloth_kernels.rms_norm import multiprocessors, no_gradient, rms_norm_reference, sum_partials
 from sloth_kernels.rope import (
     check_rope_arguments,
@@ -691,6 +692,13 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> Any:
         _, _, need_q_weight, need_k_weight, *_ = ctx.needs_input_grad
+        if wants_graph():
+            eps, offset, layout, unsqueeze_dim = ctx.arguments
+            reference = functools.partial(
+                qk_norm_rope_reference, eps=eps, offset=offset, layout=layout, unsqueeze_dim=unsqueeze_dim
+            )
+            gradients = differentiable_gradients(reference, ctx.saved_tensors, [grad_q, grad_k])
+            return *gradients, *(None,) * 6
         dq, dk, dq_weight, dk_weight = torch.ops.sloth.qk_norm_rope_bwd(
             grad_q, grad_k, *ctx.saved_tensors, *ctx.arguments, need_q_weight, need_k_weight
         )

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 
 MAX_WIDTH = 16_384
 # The interpreter has no multiprocessors; two keep its persistent loops and partial sums under test.
@@ -598,11 +598,20 @@ class RMSNormFunction(torch.autograd.Function):
         y, rstd = torch.ops.sloth.rms_norm_fwd(x, weight, eps, offset, cast_before_weight, out_dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
+        ctx.options = {
+            "eps": eps,
+            "offset": offset,
+            "cast_before_weight": cast_before_weight,
+            "out_dtype": out_dtype,
+        }
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if wants_graph():
+            reference = functools.partial(rms_norm_reference, **ctx.options)
+            return *differentiable_gradients(reference, (x, weight), [dy]), None, None, None, None
         weight_grad = ctx.needs_input_grad[1]
         dx, dweight = torch.ops.sloth.rms_norm_bwd(dy, x, weight, rstd, ctx.offset, weight_grad)
         return dx, dweight if weight_grad else None, None, None, None, None

@@ -24,11 +24,12 @@ saved. Bytes that must move, in bf16: 4 * (Hq + Hk) * D a token, forward and bac
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from sloth_kernels._library import register_op, tl, triton
+from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 
 LAYOUTS = ("half", "interleaved", "interleaved_repeat")
 # Elements of q that a program holds at a time: 4 warps x 32 a thread, four 16-byte loads of bf16 in flight.
@@ -461,6 +462,14 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
+        if wants_graph():
+            # Linear in q and k: their values play no part, so zeros stand for them.
+            layout, unsqueeze_dim, q_dtype, k_dtype, *_ = ctx.arguments
+            q = torch.zeros_like(grad_q, dtype=q_dtype, requires_grad=True)
+            k = torch.zeros_like(grad_k, dtype=k_dtype, requires_grad=True)
+            reference = functools.partial(rope_reference, layout=layout, unsqueeze_dim=unsqueeze_dim)
+            gradients = differentiable_gradients(reference, (q, k, cos, sin), [grad_q, grad_k])
+            return *gradients, None, None, None
         dq, dk = torch.ops.sloth.rope_bwd(grad_q, grad_k, cos, sin, *ctx.arguments)
         return dq, dk, None, None, None, None, None
 
