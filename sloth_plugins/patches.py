@@ -6,9 +6,10 @@ linears and checkpoints are as before. A call that the kernel can't serve (anoth
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.numerics import Comparison
 from sloth_plugins.specs import KernelSpec, NotASite, Patch, Site, Skip
-from sloth_plugins.survey import LAYER_STEPS, PATCH_MARK, PlanContext, positional_parameters, stand_in
+from sloth_plugins.survey import LAYER_STEPS, PlanContext, positional_parameters, stand_in
 from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare, compare_calls
 
 Forward = Callable[..., Any]
@@ -57,9 +58,8 @@ def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch
     return plans
 
 
-def marked(function: Forward, like: nn.Module) -> Forward:
-    """Mark `function` as ours and give it the name of the forward that it replaces, for tracebacks and profilers."""
-    setattr(function, PATCH_MARK, True)
+def named_like(function: Forward, like: nn.Module) -> Forward:
+    """Give `function` the name of the forward that it replaces, for tracebacks and profilers."""
     function.__name__ = "forward"
     function.__qualname__ = f"sloth:{type(like).__qualname__}.forward"
     return function
@@ -78,14 +78,14 @@ def _norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
     under_autocast = _float32_under_autocast(module, site, context)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(name)
+        x: Any = args[0] if args else kwargs.get(name)
         if len(args) + len(kwargs) != 1 or not takes(x):
             return original(self, *args, **kwargs)
         if under_autocast and torch.is_autocast_enabled(x.device.type):
             return call(self, x, torch.float32)
         return call(self, x, None)
 
-    marked(forward, module)
+    named_like(forward, module)
     return Patch(
         module=site.module,
         op=site.role,
@@ -174,7 +174,7 @@ def _mlp_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
             return children[down](function(children[packed](x), None, activation=activation))  # type: ignore[misc]
         return children[down](function(children[gate](x), children[up](x), activation=activation))  # type: ignore[misc, index]
 
-    marked(forward, module)
+    named_like(forward, module)
     return Patch(
         module=site.module,
         op="gated_mlp",
@@ -231,7 +231,7 @@ def _rope_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
     original = type(module).forward
     helper = original.__globals__[site.facts["helper"]]
     fused = _rope_helper(kernel, helper, site)
-    forward = marked(_with_helper(original, site.facts["helper"], fused), module)
+    forward = named_like(_with_helper(original, site.facts["helper"], fused), module)
     return Patch(
         module=site.module,
         op="rope",
@@ -369,8 +369,11 @@ def _qk_norm_rope_patch(model: nn.Module, site: Site, pair: tuple[Site, Site], c
 
     fused = _with_helper(original, facts["helper"], apply_rotary)
 
+    names = [norm.module.removeprefix(f"{site.module}.") for norm in pair]
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state.active, state.norms = True, []
+        # A hook on a norm must see the norm's own result, so nothing is put off then.
+        state.active, state.norms = not any(_hooked(self._modules[name]) for name in names), []
         try:
             result = fused(self, *args, **kwargs)
         finally:
@@ -389,10 +392,10 @@ def _qk_norm_rope_patch(model: nn.Module, site: Site, pair: tuple[Site, Site], c
 
         return norm_forward
 
-    forwards = {site.module: marked(forward, module)}
+    forwards = {site.module: named_like(forward, module)}
     for each in pair:
         norm_module = model.get_submodule(each.module)
-        forwards[each.module] = marked(deferred(type(norm_module).forward), norm_module)
+        forwards[each.module] = named_like(deferred(type(norm_module).forward), norm_module)
     apart = []
     for make in (partial(_rope_patch, model, site, context), *(partial(_norm_patch, model, s, context) for s in pair)):
         try:
@@ -455,14 +458,22 @@ def _verify_qk_norm_rope(
 
 
 def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> None:
-    """The attention with its two norms put off against the attention as it is, on a stand-in that holds both norms' forwards."""
+    """The attention with its two norms put off against the attention as it is, on stand-ins that hold both norms.
+
+    The norms get random weights: with two equal ones (as in a new model) it wouldn't show if q had the norm of k.
+    """
     module = trial.module(site.module)
+    plain: dict[str, nn.Module] = {}
     children: dict[str, nn.Module] = {}
     reached: list[str] = []
     for name in forwards:
         if name == site.module:
             continue
-        norm = stand_in(trial.module(name), {})
+        own = trial.module(name)
+        weights = {
+            key: trial.randn(*p.shape, dtype=p.dtype) + 2 for key, p in own._parameters.items() if p is not None
+        }
+        norm = stand_in(own, weights)
 
         def bound(*args: Any, _name: str = name, _norm: nn.Module = norm) -> Any:
             reached.append(_name)
@@ -470,9 +481,10 @@ def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> 
 
         norm.__dict__["forward"] = bound
         children[name.removeprefix(f"{site.module}.")] = norm
-    patched = stand_in(module, {}, children)
+        plain[name.removeprefix(f"{site.module}.")] = stand_in(own, weights)
+    original, patched = stand_in(module, {}, plain), stand_in(module, {}, children)
     compare_calls(
-        partial(type(module).forward, module), partial(forwards[site.module], patched), patched, trial.replay(site.module)
+        partial(type(module).forward, original), partial(forwards[site.module], patched), module, trial.replay(site.module)
     )
     if len(set(reached)) != 2:
         raise VerificationError("its forward does not call both norms before the rotary helper")
@@ -486,21 +498,23 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
     steps, names, passes = site.facts["steps"], site.facts["parameters"], site.facts["passes"]
     before, attention, after, middle, mlp, last = (steps[key] for key in LAYER_STEPS)
     norm_name = f"{site.module}.{middle}"
+    if "rms_norm" in context.settings.disable:
+        raise NotASite("switched off by the setting disable='rms_norm'", benign=True)
     norm = next(s for s in context.by_role("rms_norm") if s.module == norm_name)
     kernel = context.choose(norm, "add_rms_norm")
     if _float32_under_autocast(model.get_submodule(norm_name), norm, context):
         raise NotASite("its norm changes dtype under autocast", benign=True)
     function, takes, weight = kernel.function, _takes(kernel), norm.facts["weight"]
     options = {key: norm.facts[key] for key in ("eps", "offset", "cast_before_weight")}
-    original = type(module).forward
+    decorated = type(module).forward
+    original = inspect.unwrap(decorated)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def fused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x = given.pop(names[0], None)
         steps: Any = self._modules
         put_off = steps[middle]
-        hooked = put_off._forward_hooks or put_off._forward_pre_hooks or put_off._backward_hooks
-        if not takes(x) or hooked or len(args) > len(names):
+        if not takes(x) or _hooked(put_off) or len(args) > len(names):
             return original(self, *args, **kwargs)
         passed = {name: given.pop(name, default) for name, default in passes.items()}
         extra = {name: value for name, value in given.items() if name not in names}
@@ -511,7 +525,7 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         outer = steps[mlp](normed)
         return summed + (steps[last](outer) if last else outer)
 
-    marked(forward, module)
+    forward = named_like(_in_decorators(decorated, fused), module)
     return Patch(
         module=site.module,
         op="add_rms_norm",
@@ -523,6 +537,25 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         ),
         replays=(site.module,),
     )
+
+
+def _in_decorators(decorated: Forward, replacement: Forward) -> Forward:
+    """`replacement` inside the decorators of `decorated`: newer transformers recompute a layer in one of them."""
+    inner = getattr(decorated, "__wrapped__", None)
+    if inner is None:
+        return replacement
+    replacement = _in_decorators(inner, replacement)
+    held = CellType(inner)  # cells compare by what they hold, and two empty ones are equal
+    cells = (isinstance(decorated, FunctionType) and decorated.__closure__) or ()
+    if cells.count(held) != 1:
+        raise NotASite("its forward is wrapped by a decorator that hides what it wraps", benign=True)
+    closure = tuple(CellType(replacement) if cell == held else cell for cell in cells)
+    assert isinstance(decorated, FunctionType)
+    code, scope, defaults = decorated.__code__, decorated.__globals__, decorated.__defaults__
+    wrapper = FunctionType(code, scope, decorated.__name__, defaults, closure)
+    wrapper.__kwdefaults__ = decorated.__kwdefaults__
+    wrapper.__wrapped__ = replacement  # type: ignore[attr-defined]
+    return wrapper
 
 
 def _verify_add_rms_norm(
@@ -554,6 +587,13 @@ def _verify_add_rms_norm(
 
 
 # Shared
+
+
+def _hooked(module: Any) -> bool:
+    """Whether somebody wants to see this module's own inputs, outputs or gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _takes(kernel: KernelSpec) -> Callable[[Any], bool]:

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-# Two 16-byte loads (bf16) of each input in flight a thread, and few enough registers for full occupancy.
-ELEMENTS_PER_THREAD = 16
+# One 16-byte load (bf16) of each input a thread forward, two backward: measured best on an H200.
+FORWARD_ELEMENTS_PER_THREAD = 8
+BACKWARD_ELEMENTS_PER_THREAD = 16
 
 
 @triton.jit
@@ -89,8 +90,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row, columns, inside = _place(N, total, FLAT, BLOCK)
-    g = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-    u = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+    g = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0)
+    u = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0)
     activated, _ = _activate(g.to(tl.float32), ACTIVATION)
     y = activated * u.to(tl.float32)
     tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -115,11 +116,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row, columns, inside = _place(N, total, FLAT, BLOCK)
-    dy = tl.load(
-        grad_ptr + row * grad_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first"
-    )
-    g = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-    u = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+    dy = tl.load(grad_ptr + row * grad_stride + columns, mask=inside, other=0.0)
+    g = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0)
+    u = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0)
     dy = dy.to(tl.float32)
     activated, slope = _activate(g.to(tl.float32), ACTIVATION)
     dup = dy * activated
@@ -143,6 +142,7 @@ def _block(width: int) -> int:
 
 
 def _launch(kernel: Any, matrices: list[torch.Tensor], activation: str) -> None:
+    per_thread = FORWARD_ELEMENTS_PER_THREAD if kernel is _forward_kernel else BACKWARD_ELEMENTS_PER_THREAD
     rows, width = matrices[0].shape
     total = rows * width
     flat = rows == 1 or all(x.stride(0) == width for x in matrices)
@@ -158,7 +158,7 @@ def _launch(kernel: Any, matrices: list[torch.Tensor], activation: str) -> None:
             ACTIVATION=activation,
             FLAT=flat,
             BLOCK=block,
-            num_warps=max(1, block // (32 * ELEMENTS_PER_THREAD)),
+            num_warps=max(1, block // (32 * per_thread)),
         )
 
 

@@ -69,7 +69,7 @@ def layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     col = tl.arange(0, BLOCK_N)[None, :]
     mask = (row < rows) & (col < N)
     at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-    x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     # Asked for before the reductions, whose barriers no load moves across.
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
@@ -135,9 +135,9 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         row = start + in_row
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-        next_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        next_x = tl.load(x_ptr + at, mask=mask, other=0.0)
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
-        next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0)
         next_mean = load_per_row(mean_ptr, start, rows, ROWS)
         next_rstd = load_per_row(rstd_ptr, start, rows, ROWS)
     for first in range(start, rows, step):
@@ -153,9 +153,9 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             ahead = 0
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-        loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0)
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
-        loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0)
         loaded_mean = load_per_row(mean_ptr, first + ahead, rows, ROWS)
         loaded_rstd = load_per_row(rstd_ptr, first + ahead, rows, ROWS)
         if PREFETCH:
@@ -255,10 +255,10 @@ def layer_norm_bwd(
     summing = weight_grad or bias_dtype is not None
     tile = persistent_tile(rows.rows, width, x.device) if summing else row_tile(rows.rows, width)
     with torch.cuda.device_of(x):
-        partials = [
-            None if dtype is None else torch.empty(tile.programs, width, dtype=torch.float32, device=x.device)
-            for dtype in dtypes
-        ]
+        wanted = [dtype is not None for dtype in dtypes]
+        partial = torch.empty(sum(wanted), tile.programs, width, dtype=torch.float32, device=x.device)
+        parts = iter(partial)
+        partials = [next(parts) if each else None for each in wanted]
         layer_norm_bwd_kernel[(tile.programs,)](
             *rows.tensors,
             None if weight is None else weight.contiguous(),
@@ -280,10 +280,9 @@ def layer_norm_bwd(
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )
-        dweight, dbias = (
-            no_gradient(x) if partial is None or dtype is None else sum_partials(partial, dtype)
-            for partial, dtype in zip(partials, dtypes, strict=True)
-        )
+        if not summing:
+            return dx, no_gradient(x), no_gradient(x)
+        dweight, dbias = sum_partials(partial, dtypes, x)
     return dx, dweight, dbias
 
 

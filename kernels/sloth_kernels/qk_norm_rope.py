@@ -31,10 +31,12 @@ import torch
 from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 from sloth_kernels.rms_norm import multiprocessors, no_gradient, rms_norm_reference, sum_partials
 from sloth_kernels.rope import (
+    TILE_ELEMENTS,
     check_rope_arguments,
     head_tiles,
     last_contiguous,
     load_pairs,
+    load_raw_pairs,
     load_rest,
     load_rotation,
     needs_reference,
@@ -50,8 +52,8 @@ from sloth_kernels.rope import (
 
 # Where weight gradients are summed, programs loop over rows; as many are resident at 128 registers a thread.
 WARPS_PER_MULTIPROCESSOR = 16
-# Software pipelining of that loop (through shared memory); 1 is off.
-STAGES = 1
+# Elements of q in a tile of the backward, which holds x, its gradient and the sums at once.
+BACKWARD_TILE_ELEMENTS = 2048
 
 
 @triton.jit
@@ -156,13 +158,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     q_rows = qb * q_stride_b + qs * q_stride_s + qh * q_stride_h
     k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
     # As in rope.py: everything that comes from device memory is asked for before anything waits.
-    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "")
+    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "")
     q_rest = 0.0
     k_rest = 0.0
     if R < D:
-        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
-        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
+        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "")
+        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "")
     w1, w2, w_rest = _load_weight(q_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
     cos_rows = qb * cos_stride_b + qs * cos_stride_s
     sin_rows = qb * sin_stride_b + qs * sin_stride_s
@@ -293,6 +295,81 @@ def _store_partial(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_raw(  # type: ignore[no-untyped-def]
+    ptr,
+    rows,
+    live,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """The three parts of each row as they are stored."""
+    first, second = load_raw_pairs(ptr, rows, live, R, BLOCK_HALF, INTERLEAVED, "")
+    rest = first
+    if R < D:
+        columns = tl.arange(0, BLOCK_REST)[None, :]
+        rest = tl.load(ptr + rows + columns + R, mask=live & (columns < D - R), other=0.0)
+    return first, second, rest
+
+
+@triton.jit
+def _float32(parts):  # type: ignore[no-untyped-def]
+    first, second, rest = parts
+    return first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+
+
+@triton.jit
+def _load_tiles(  # type: ignore[no-untyped-def]
+    q_ptr,
+    gq_ptr,
+    k_ptr,
+    gk_ptr,
+    work,
+    tokens,
+    seq_len,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    gq_stride_b,
+    gq_stride_s,
+    gq_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    gk_stride_b,
+    gk_stride_s,
+    gk_stride_h,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HQ: tl.constexpr,
+    BLOCK_HK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """q, its gradient, k and its gradient of one tile, as they are stored."""
+    block = work // TILES
+    tile = work % TILES
+    b, s, _, h, live = tile_rows(block, tile, tokens, seq_len, HQ, BLOCK_T, BLOCK_HQ)
+    rows = b * q_stride_b + s * q_stride_s + h * q_stride_h
+    q = _load_raw(q_ptr, rows, live, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    rows = b * gq_stride_b + s * gq_stride_s + h * gq_stride_h
+    gq = _load_raw(gq_ptr, rows, live, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    b, s, _, h, live = tile_rows(block, tile, tokens, seq_len, HK, BLOCK_T, BLOCK_HK)
+    rows = b * k_stride_b + s * k_stride_s + h * k_stride_h
+    k = _load_raw(k_ptr, rows, live, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    rows = b * gk_stride_b + s * gk_stride_s + h * gk_stride_h
+    gk = _load_raw(gk_ptr, rows, live, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
+    return q, gq, k, gk
+
+
+@triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     gq_ptr,
     gk_ptr,
@@ -340,7 +417,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     REPEAT: tl.constexpr,
     Q_WEIGHT_GRAD: tl.constexpr,
     K_WEIGHT_GRAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HQ: tl.constexpr,
@@ -357,30 +434,88 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         k_sum1 = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_HALF), tl.float32)
         k_sum2 = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_HALF), tl.float32)
         k_sum_rest = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_REST), tl.float32)
-    for work in tl.range(
-        tl.program_id(0), tl.cdiv(tokens, BLOCK_T) * TILES, tl.num_programs(0), num_stages=STAGES
-    ):
+    if PREFETCH:
+        # A loop of few programs hides nothing by itself: the next tile's loads go out before this tile is used.
+        q_raw, gq_raw, k_raw, gk_raw = _load_tiles(
+            q_ptr,
+            gq_ptr,
+            k_ptr,
+            gk_ptr,
+            tl.program_id(0),
+            tokens,
+            seq_len,
+            q_stride_b,
+            q_stride_s,
+            q_stride_h,
+            gq_stride_b,
+            gq_stride_s,
+            gq_stride_h,
+            k_stride_b,
+            k_stride_s,
+            k_stride_h,
+            gk_stride_b,
+            gk_stride_s,
+            gk_stride_h,
+            HQ,
+            HK,
+            D,
+            R,
+            INTERLEAVED,
+            TILES,
+            BLOCK_T,
+            BLOCK_HQ,
+            BLOCK_HK,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+    for work in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T) * TILES, tl.num_programs(0)):
         block = work // TILES
         tile = work % TILES
         qb, qs, q_token, qh, q_live = tile_rows(block, tile, tokens, seq_len, HQ, BLOCK_T, BLOCK_HQ)
         kb, ks, k_token, kh, k_live = tile_rows(block, tile, tokens, seq_len, HK, BLOCK_T, BLOCK_HK)
-        q_rows = qb * q_stride_b + qs * q_stride_s + qh * q_stride_h
-        k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
-        gq_rows = qb * gq_stride_b + qs * gq_stride_s + qh * gq_stride_h
-        gk_rows = kb * gk_stride_b + ks * gk_stride_s + kh * gk_stride_h
-        q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-        gq1, gq2 = load_pairs(gq_ptr, gq_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-        k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-        gk1, gk2 = load_pairs(gk_ptr, gk_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-        q_rest = 0.0
-        gq_rest = 0.0
-        k_rest = 0.0
-        gk_rest = 0.0
-        if R < D:
-            q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
-            gq_rest = load_rest(gq_ptr, gq_rows, q_live, R, D, BLOCK_REST, "evict_first")
-            k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
-            gk_rest = load_rest(gk_ptr, gk_rows, k_live, R, D, BLOCK_REST, "evict_first")
+        if PREFETCH:
+            q1, q2, q_rest = _float32(q_raw)
+            gq1, gq2, gq_rest = _float32(gq_raw)
+            k1, k2, k_rest = _float32(k_raw)
+            gk1, gk2, gk_rest = _float32(gk_raw)
+        # Past the last tile every row is masked.
+        q_raw, gq_raw, k_raw, gk_raw = _load_tiles(
+            q_ptr,
+            gq_ptr,
+            k_ptr,
+            gk_ptr,
+            work + tl.num_programs(0) if PREFETCH else work,
+            tokens,
+            seq_len,
+            q_stride_b,
+            q_stride_s,
+            q_stride_h,
+            gq_stride_b,
+            gq_stride_s,
+            gq_stride_h,
+            k_stride_b,
+            k_stride_s,
+            k_stride_h,
+            gk_stride_b,
+            gk_stride_s,
+            gk_stride_h,
+            HQ,
+            HK,
+            D,
+            R,
+            INTERLEAVED,
+            TILES,
+            BLOCK_T,
+            BLOCK_HQ,
+            BLOCK_HK,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+        if not PREFETCH:
+            q1, q2, q_rest = _float32(q_raw)
+            gq1, gq2, gq_rest = _float32(gq_raw)
+            k1, k2, k_rest = _float32(k_raw)
+            gk1, gk2, gk_rest = _float32(gk_raw)
         w1, w2, w_rest = _load_weight(q_weight_ptr, offset, D, R, INTERLEAVED, BLOCK_HALF, BLOCK_REST)
         cos_rows = qb * cos_stride_b + qs * cos_stride_s
         sin_rows = qb * sin_stride_b + qs * sin_stride_s
@@ -460,13 +595,21 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _shapes(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, layout: str, unsqueeze_dim: int, strided_tokens: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    layout: str,
+    unsqueeze_dim: int,
+    strided_tokens: bool,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> tuple[int, int, dict[str, int], dict[str, int | bool]]:
     """(tokens, sequence length, tile sizes, all constexpr arguments that both kernels take)."""
     seq_len = q.shape[3 - unsqueeze_dim]
     tokens = q.shape[0] * seq_len
     q_heads, k_heads, dim, rotary = q.shape[unsqueeze_dim], k.shape[unsqueeze_dim], q.shape[3], cos.shape[2]
-    tiles = head_tiles(max(tokens, 1), q_heads, k_heads, dim, rotary, strided_tokens and q_heads > 1)
+    tiles = head_tiles(
+        max(tokens, 1), q_heads, k_heads, dim, rotary, strided_tokens and q_heads > 1, tile_elements
+    )
     constants: dict[str, int | bool] = {
         "HQ": q_heads,
         "HK": k_heads,
@@ -569,7 +712,7 @@ def qk_norm_rope_bwd(
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     strides = [token_strides(x, unsqueeze_dim) for x in (grad_q, grad_k, q, k, dq, dk)]
     tokens, seq_len, tiles, constants = _shapes(
-        q, k, cos, layout, unsqueeze_dim, any(s < h for _, s, h in strides[::2])
+        q, k, cos, layout, unsqueeze_dim, any(s < h for _, s, h in strides[::2]), BACKWARD_TILE_ELEMENTS
     )
     # Half the elements a thread of the forward: x, its gradient and the sums are live at once.
     num_warps = warps_for(tiles, 16)
@@ -577,10 +720,12 @@ def qk_norm_rope_bwd(
     if q_weight_grad or k_weight_grad:
         programs = min(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
     dim = q.shape[3]
-    partials = [
-        torch.empty((programs, dim), dtype=torch.float32, device=q.device) if wanted else None
-        for wanted in (q_weight_grad, k_weight_grad)
-    ]
+    wanted = (q_weight_grad, k_weight_grad)
+    partial = torch.empty(
+        (sum(wanted), programs, dim) if any(wanted) else (0,), dtype=torch.float32, device=q.device
+    )
+    parts = iter(partial)
+    partials = [next(parts) if each else None for each in wanted]
     if tokens:
         with torch.cuda.device_of(q):
             _backward_kernel[(programs,)](
@@ -609,21 +754,21 @@ def qk_norm_rope_bwd(
                 *strides[5],
                 Q_WEIGHT_GRAD=q_weight_grad,
                 K_WEIGHT_GRAD=k_weight_grad,
-                STAGES=STAGES,
+                PREFETCH=any(wanted),
                 num_warps=num_warps,
                 **constants,
             )
-    dq_weight, dk_weight = (
-        _weight_gradient(weight, partial, tokens)
-        for weight, partial in zip((q_weight, k_weight), partials, strict=True)
-    )
+    weights = (q_weight, k_weight)
+    dtypes = [weight.dtype if each else None for weight, each in zip(weights, wanted, strict=True)]
+    if not any(wanted):
+        return dq, dk, no_gradient(q_weight), no_gradient(k_weight)
+    if not tokens:
+        zeros = [
+            torch.zeros_like(w) if each else no_gradient(w) for w, each in zip(weights, wanted, strict=True)
+        ]
+        return dq, dk, zeros[0], zeros[1]
+    dq_weight, dk_weight = sum_partials(partial, dtypes, q_weight)
     return dq, dk, dq_weight, dk_weight
-
-
-def _weight_gradient(weight: torch.Tensor, partial: torch.Tensor | None, tokens: int) -> torch.Tensor:
-    if partial is None:
-        return no_gradient(weight)
-    return sum_partials(partial, weight.dtype) if tokens else torch.zeros_like(weight)
 
 
 def _bwd_fake(

@@ -89,14 +89,14 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     col = tl.arange(0, BLOCK_N)[None, :]
     mask = (row < rows) & (col < N)
     at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-    x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_WEIGHT:
         # Asked for before the reduction, whose barrier no load moves across, so that it does not wait twice.
         weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
     out_at = row.to(tl.int64) * N + col
     if HAS_RESIDUAL:
         at = row_offset(row, size1, size2, residual_stride0, residual_stride1, residual_stride2, LEVELS) + col
-        residual = tl.load(residual_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
         summed = (x + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + out_at, summed, mask=mask)
         # Statistics are those of the rounded sum, which is what the next block and the backward see.
@@ -174,15 +174,15 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         row = start + in_row
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-        next_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        next_x = tl.load(x_ptr + at, mask=mask, other=0.0)
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
-        next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        next_dy = tl.load(dy_ptr + at, mask=mask, other=0.0)
         next_rstd = load_per_row(rstd_ptr, start, rows, ROWS)
         if HAS_DSUMMED:
             at = (
                 row_offset(row, size1, size2, dsummed_stride0, dsummed_stride1, dsummed_stride2, LEVELS) + col
             )
-            next_dsummed = tl.load(dsummed_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+            next_dsummed = tl.load(dsummed_ptr + at, mask=mask, other=0.0)
     for first in range(start, rows, step):
         row = first + in_row
         if PREFETCH:
@@ -197,15 +197,15 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             ahead = 0
         mask = (row < rows) & (col < N)
         at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
-        loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        loaded_x = tl.load(x_ptr + at, mask=mask, other=0.0)
         at = row_offset(row, size1, size2, dy_stride0, dy_stride1, dy_stride2, LEVELS) + col
-        loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        loaded_dy = tl.load(dy_ptr + at, mask=mask, other=0.0)
         loaded_rstd = load_per_row(rstd_ptr, first + ahead, rows, ROWS)
         if HAS_DSUMMED:
             at = (
                 row_offset(row, size1, size2, dsummed_stride0, dsummed_stride1, dsummed_stride2, LEVELS) + col
             )
-            loaded_dsummed = tl.load(dsummed_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+            loaded_dsummed = tl.load(dsummed_ptr + at, mask=mask, other=0.0)
         if PREFETCH:
             next_x = loaded_x
             next_dy = loaded_dy
@@ -243,18 +243,27 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_partials_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, out_ptr, programs, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+    partial_ptr,
+    first_ptr,
+    second_ptr,
+    programs,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """out[n] = sum over p of partial[p, n], in a fixed order: float32 sums, rounded once."""
+    """first[n] = sum over p of partial[0, p, n], second of partial[1]; in a fixed order, float32, rounded once."""
+    which = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        row = first + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(
-            partial_ptr + row.to(tl.int64) * N + col, mask=(row < programs) & (col < N), other=0.0
-        )
+    for start in range(0, programs, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)[:, None]
+        at = (which * programs + row).to(tl.int64) * N + col
+        total += tl.load(partial_ptr + at, mask=(row < programs) & (col < N), other=0.0)
     summed = tl.sum(total, axis=0, keep_dims=True)
-    tl.store(out_ptr + col, summed.to(out_ptr.dtype.element_ty), mask=col < N)
+    if which == 0:
+        tl.store(first_ptr + col, summed.to(first_ptr.dtype.element_ty), mask=col < N)
+    else:
+        tl.store(second_ptr + col, summed.to(second_ptr.dtype.element_ty), mask=col < N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,16 +381,23 @@ def persistent_tile(rows: int, width: int, device: torch.device) -> Tile:
     )
 
 
-def sum_partials(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(programs, N) float32 -> (N,) in dtype."""
-    programs, width = partial.shape
-    out = torch.empty(width, dtype=dtype, device=partial.device)
+def sum_partials(
+    partial: torch.Tensor, dtypes: Sequence[torch.dtype | None], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """One gradient (N,) for each of `dtypes`, in its dtype: the k-th of those present sums partial[k] over programs.
+
+    partial is (K, programs, N) float32 with K 1 or 2, summed in one launch. A dtype of None gives no elements.
+    """
+    kinds, programs, width = partial.shape
+    summed = [torch.empty(width, dtype=dtype, device=partial.device) for dtype in dtypes if dtype is not None]
+    assert len(summed) == kinds and kinds in (1, 2)
     # 64-byte runs of columns: enough programs to fill the chip, and a column's partials in flight at once.
     block_n = 16
-    sum_partials_kernel[(-(-width // block_n),)](
-        partial, out, programs, width, min(512, next_power_of_2(programs)), block_n, num_warps=8
-    )
-    return out
+    grid = (-(-width // block_n), kinds)
+    block_p = min(512, next_power_of_2(programs))
+    sum_partials_kernel[grid](partial, summed[0], summed[-1], programs, width, block_p, block_n, num_warps=8)
+    results = iter(summed)
+    return [no_gradient(like) if dtype is None else next(results) for dtype in dtypes]
 
 
 def result_dtype(
@@ -490,7 +506,7 @@ def launch_bwd(
     with torch.cuda.device_of(x):
         partial = None
         if weight_grad:
-            partial = torch.empty(tile.programs, rows.width, dtype=torch.float32, device=x.device)
+            partial = torch.empty(1, tile.programs, rows.width, dtype=torch.float32, device=x.device)
         rms_norm_bwd_kernel[(tile.programs,)](
             *rows.tensors,
             None if weight is None else weight.contiguous(),
@@ -515,7 +531,7 @@ def launch_bwd(
         )
         if partial is None or weight is None:
             return dx, no_gradient(x)
-        return dx, sum_partials(partial, weight.dtype)
+        return dx, sum_partials(partial, [weight.dtype], x)[0]
 
 
 def no_gradient(x: torch.Tensor) -> torch.Tensor:

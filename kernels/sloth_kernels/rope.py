@@ -43,6 +43,32 @@ MIN_PROGRAMS = 1056
 
 
 @triton.jit
+def load_raw_pairs(  # type: ignore[no-untyped-def]
+    ptr,
+    rows,
+    mask,
+    R: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Both members of each pair as they are stored, 0 where masked; `rows` (n, 1): element offsets of the rows."""
+    if INTERLEAVED:
+        # Whole rows are loaded and split in registers: loads of every second element would not be vectorised.
+        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        inside = mask & (columns < R)
+        x = tl.load(ptr + rows + columns, mask=inside, other=0.0, eviction_policy=POLICY)
+        first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK_HALF, 2)))
+    else:
+        columns = tl.arange(0, BLOCK_HALF)[None, :]
+        inside = mask & (columns < R // 2)
+        at = ptr + rows + columns
+        first = tl.load(at, mask=inside, other=0.0, eviction_policy=POLICY)
+        second = tl.load(at + R // 2, mask=inside, other=0.0, eviction_policy=POLICY)
+    return first, second
+
+
+@triton.jit
 def load_pairs(  # type: ignore[no-untyped-def]
     ptr,
     rows,
@@ -52,20 +78,9 @@ def load_pairs(  # type: ignore[no-untyped-def]
     INTERLEAVED: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Both members of each pair, in float32, 0 where masked; `rows` (n, 1): element offsets of the rows."""
-    if INTERLEAVED:
-        # Whole rows are loaded and split in registers: loads of every second element would not be vectorised.
-        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-        inside = mask & (columns < R)
-        x = tl.load(ptr + rows + columns, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK_HALF, 2)))
-    else:
-        columns = tl.arange(0, BLOCK_HALF)[None, :]
-        inside = mask & (columns < R // 2)
-        at = ptr + rows + columns
-        first = tl.load(at, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
-        second = tl.load(at + R // 2, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
-    return first, second
+    """load_raw_pairs in float32."""
+    first, second = load_raw_pairs(ptr, rows, mask, R, BLOCK_HALF, INTERLEAVED, POLICY)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
@@ -205,11 +220,11 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     k_rows = kb * k_stride_b + ks * k_stride_s + kh * k_stride_h
     # All loads of q and k come before the first use, and before cos and sin, which come from a cache and may
     # pass through shared memory: what is issued after that barrier would wait for it.
-    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
-    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "evict_first")
+    q1, q2 = load_pairs(q_ptr, q_rows, q_live, R, BLOCK_HALF, INTERLEAVED, "")
+    k1, k2 = load_pairs(k_ptr, k_rows, k_live, R, BLOCK_HALF, INTERLEAVED, "")
     if R < D:
-        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "evict_first")
-        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "evict_first")
+        q_rest = load_rest(q_ptr, q_rows, q_live, R, D, BLOCK_REST, "")
+        k_rest = load_rest(k_ptr, k_rows, k_live, R, D, BLOCK_REST, "")
     cos_rows = qb * cos_stride_b + qs * cos_stride_s
     sin_rows = qb * sin_stride_b + qs * sin_stride_s
     c1, c2, t1, t2 = load_rotation(
@@ -245,7 +260,13 @@ def token_strides(x: torch.Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
 
 
 def head_tiles(
-    tokens: int, q_heads: int, k_heads: int, dim: int, rotary: int, strided_tokens: bool
+    tokens: int,
+    q_heads: int,
+    k_heads: int,
+    dim: int,
+    rotary: int,
+    strided_tokens: bool,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> dict[str, int]:
     """Tile sizes: BLOCK_T tokens x (BLOCK_HQ + BLOCK_HK) heads, in TILES programs that share all heads.
 
@@ -256,7 +277,7 @@ def head_tiles(
     block_rest = next_power_of_2(dim - rotary) if rotary < dim else 1
     width = 2 * block_half + block_rest * (rotary < dim)
     # Rounded down to a power of two.
-    fitting_heads = 1 << max(0, (TILE_ELEMENTS // width).bit_length() - 1)
+    fitting_heads = 1 << max(0, (tile_elements // width).bit_length() - 1)
     heads = max(q_heads, k_heads)
     block_t = 4 if strided_tokens and fitting_heads >= 8 else 1
     limit = fitting_heads // block_t
