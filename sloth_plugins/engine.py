@@ -28,7 +28,7 @@ from sloth_plugins.specs import (
     SkippedSiteError,
     SlothError,
 )
-from sloth_plugins.survey import PATCH_MARK, PlanContext, linear_widths
+from sloth_plugins.survey import PATCHES, PlanContext, is_ours, linear_widths
 from sloth_plugins.verify import Trial, VerificationError, capture, nonfinite_parameters, undisturbed, verify
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -48,6 +48,7 @@ class Acceleration:
         self.settings = settings
         self.report = report
         self.active = True
+        self._announced = False
 
     @property
     def model(self) -> nn.Module | None:
@@ -59,8 +60,16 @@ class Acceleration:
         if not self.active:
             return
         self.active = False
-        for restore in reversed(self._undo):
-            restore()
+        restores, self._undo = self._undo, []
+        try:
+            for restore in reversed(restores):
+                restore()
+        finally:  # a plugin's error must not keep our forwards on the model
+            self._take_out()
+        if self._announced:
+            self._manager.restored(self)
+
+    def _take_out(self) -> None:
         for module, before, installed in reversed(self._slots):
             if module.__dict__.get("forward") is not installed:
                 continue  # somebody put another forward on top of ours: it isn't ours to remove
@@ -72,7 +81,10 @@ class Acceleration:
         model = self.model
         if model is not None and _ACTIVE.get(model) is self:
             del _ACTIVE[model]
-        self._manager.restored(self)
+
+    def _intact(self) -> bool:
+        """Whether every patch still sits where it was put (an acceleration of a submodule takes it over, for one)."""
+        return all(module.__dict__.get("forward") is installed for module, _, installed in self._slots)
 
     def __enter__(self) -> Acceleration:
         return self
@@ -88,6 +100,7 @@ class Acceleration:
         for name, forward in patch.forwards.items():
             module = model.get_submodule(name)
             before = module.__dict__.get("forward", _ABSENT)
+            PATCHES.add(forward)
             installed = MethodType(forward, module)
             module.__dict__["forward"] = installed
             self._slots.append((module, before, installed))
@@ -112,18 +125,19 @@ def accelerate(
         )
     existing = _ACTIVE.get(model)
     if existing is not None and existing.active:
-        if existing.settings == chosen and existing._fingerprint == _fingerprint(model):
+        if existing.settings == chosen and existing._fingerprint == _fingerprint(model) and existing._intact():
             return existing
         existing.undo()
     _strip_marks(model)
     run = _Run(model, chosen, manager or default_manager())
     try:
         acceleration = run.apply()
+        _ACTIVE[model] = acceleration
+        acceleration._announced = True
+        run.manager.patched(acceleration)
     except BaseException:
         run.acceleration.undo()
         raise
-    _ACTIVE[model] = acceleration
-    run.manager.patched(acceleration)
     return acceleration
 
 
@@ -230,7 +244,8 @@ class _Run:
     def prepare_trial(self, patches: Sequence[Patch]) -> None:
         generator = torch.Generator(device=self.device).manual_seed(0x5107)
         first = {patch.signature: patch for patch in reversed(patches)}
-        names = list(dict.fromkeys(name for patch in first.values() for name in patch.replays))
+        wanted = ((*p.replays, p.module) if p.verify is None else p.replays for p in first.values())
+        names = list(dict.fromkeys(name for modules in wanted for name in modules))
         replays, error = capture(self.model, names, self.device, generator) if names else ({}, "")
         self.trial = Trial(
             model=self.model, device=self.device, generator=generator, replays=replays, replay_error=error
@@ -239,17 +254,15 @@ class _Run:
     def verdict(self, patch: Patch) -> tuple[Comparison, ...] | Skip:
         """The proof of a patch's signature, run once; and for each instance, that its own small parameters are finite."""
         assert self.trial is not None
-        if patch.signature not in self.verdicts:
-            self.verdicts[patch.signature] = self.prove(patch, self.trial)
-        verdict = self.verdicts[patch.signature]
-        if isinstance(verdict, Skip):
-            return dataclasses.replace(verdict, module=patch.module)
-        for name in patch.forwards:
+        for name in patch.forwards:  # first: one broken layer must not stand for all the layers of its signature
             module = self.model.get_submodule(name)
             for key, p in module._parameters.items():
                 if p is not None and p.dim() <= 1 and p.is_floating_point() and not bool(torch.isfinite(p).all()):
                     return Skip(module=patch.module, op=patch.op, reason=f"{name}.{key} holds NaN or infinity")
-        return verdict
+        if patch.signature not in self.verdicts:
+            self.verdicts[patch.signature] = self.prove(patch, self.trial)
+        verdict = self.verdicts[patch.signature]
+        return dataclasses.replace(verdict, module=patch.module) if isinstance(verdict, Skip) else verdict
 
     def prove(self, patch: Patch, trial: Trial) -> tuple[Comparison, ...] | Skip:
         benign = False
@@ -295,7 +308,12 @@ class _Run:
         if wanted == "auto":
             chosen = self.manager.plan_checkpointing(self.model, self.settings)
         if chosen is not None:
-            self.acceleration._undo.append(chosen.apply(self.model))
+            undo = chosen.apply(self.model)
+            if not callable(undo):
+                raise ValueError(
+                    f"checkpointing={chosen!r}: its apply(model) returned {undo!r}; allowed is a function that undoes it"
+                )
+            self.acceleration._undo.append(undo)
             self.report.checkpointing = {"chosen": str(chosen), "reason": f"checkpointing={wanted!r}"}
             return
         if wanted != "recompute":
@@ -310,7 +328,13 @@ class _Run:
         before = bool(getattr(self.model, "is_gradient_checkpointing", False))
         if not before:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.acceleration._undo.append(self.model.gradient_checkpointing_disable)  # type: ignore[arg-type]
+            model = weakref.ref(self.model)  # the undo list must not keep the model alive
+
+            def disable() -> None:
+                if (alive := model()) is not None:
+                    alive.gradient_checkpointing_disable()  # type: ignore[operator]
+
+            self.acceleration._undo.append(disable)
         self.report.checkpointing = {"chosen": "recompute", "reason": "checkpointing='recompute'"}
 
     def finish(self) -> None:
@@ -334,10 +358,11 @@ class _Run:
         if self.settings.kernels not in ("auto", "triton"):
             return
         reason = next((r for k in kernels if k.backend == "triton" and (r := k.unavailable())), None)
-        if reason is None and self.device.type == "cuda":
-            return
+        if reason is None and (self.device.type == "cuda" or self.settings.kernels == "triton"):
+            return  # where Triton was asked for, each site that it can't serve says so itself
         reason = reason or f"the model is on {self.device.type}"
-        self.report.notes.append(f"no Triton kernels ({reason}): the PyTorch references are used")
+        instead = "nothing is patched" if self.settings.kernels == "triton" else "the PyTorch references are used"
+        self.report.notes.append(f"no Triton kernels ({reason}): {instead}")
         if self.device.type == "cuda" and reason not in _said:
             _said.add(reason)
             _warn(self.report.notes[-1])
@@ -368,17 +393,16 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when a module is added, removed or replaced, or a parameter is frozen or unfrozen."""
+    """Changes when a module is added, removed or replaced, or a parameter is frozen, unfrozen, moved or cast."""
     return tuple((name, id(module)) for name, module in model.named_modules()) + tuple(
-        p.requires_grad for p in model.parameters()
+        (p.requires_grad, p.dtype, p.device) for p in model.parameters()
     )
 
 
 def _strip_marks(model: nn.Module) -> None:
     """Remove our forwards from a deep copy of an accelerated model, or from one that was accelerated under another root."""
     for module in model.modules():
-        own = module.__dict__.get("forward")
-        if own is not None and hasattr(getattr(own, "__func__", own), PATCH_MARK):
+        if is_ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]
 
 

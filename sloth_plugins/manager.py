@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -37,7 +37,8 @@ class Manager:
     def __init__(self, *, entry_points: bool = True) -> None:
         self.pluggy = pluggy.PluginManager(PROJECT)
         self.pluggy.add_hookspecs(hookspecs)
-        self.disabled = {name for name in os.environ.get("SLOTH_DISABLED_PLUGINS", "").split(",") if name}
+        names = (name.strip() for name in os.environ.get("SLOTH_DISABLED_PLUGINS", "").split(","))
+        self.disabled = {name for name in names if name}
         self.problems: list[str] = []
         for name, module in BUILT_INS.items():
             if name not in self.disabled:
@@ -63,8 +64,15 @@ class Manager:
 
     def register(self, plugin: Any, name: str | None = None) -> None:
         """Add a plugin; a hook that doesn't exist, or an argument that it doesn't have, raises pluggy's error."""
-        self.pluggy.register(plugin, name=name)
-        self.pluggy.check_pending()
+        if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets
+            raise TypeError(f"plugin {name!r} is a {type(plugin).__name__}, which has no hash: allowed are modules and objects")
+        try:
+            self.pluggy.register(plugin, name=name)
+            self.pluggy.check_pending()
+        except pluggy.PluginValidationError:
+            if self.pluggy.is_registered(plugin):
+                self.pluggy.unregister(plugin)  # a plugin that is wrong must not make the next one look wrong
+            raise
 
     def unregister(self, name: str) -> None:
         """Remove a plugin by name."""
@@ -76,7 +84,7 @@ class Manager:
 
     def kernels(self) -> list[KernelSpec]:
         """All kernels, third parties' before ours. Raises ValueError where two have one name."""
-        kernels = [kernel for answer in self.pluggy.hook.sloth_register_kernels() for kernel in answer]
+        kernels = [kernel for _, kernel in self._items("sloth_register_kernels", KernelSpec)]
         names = [kernel.name for kernel in kernels]
         for name in names:
             if names.count(name) > 1:
@@ -87,7 +95,9 @@ class Manager:
         """All surveys in one; of two that name a module in the same role, the third party's counts."""
         sites: dict[tuple[str, str], Site] = {}
         skips: list[Skip] = []
-        for answer in self.pluggy.hook.sloth_survey_model(model=model, settings=settings):
+        for name, answer in self._answers("sloth_survey_model", model=model, settings=settings):
+            if not isinstance(answer, Survey):
+                raise TypeError(_wrong(name, "sloth_survey_model", answer, "a Survey"))
             for site in answer.sites:
                 sites.setdefault((site.module, site.role), site)
             skips.extend(answer.skips)
@@ -101,19 +111,16 @@ class Manager:
         choice: KernelSpec | None = self.pluggy.hook.sloth_choose_kernel(
             site=site, op=op, kernels=kernels, device=device, dtype=dtype, settings=settings
         )
+        if choice is not None and not any(choice is kernel for kernel in kernels):
+            raise TypeError(f"sloth_choose_kernel chose {choice!r} for {site.module!r}, which is none of `kernels`")
         return choice
 
     def plan(self, model: nn.Module, context: PlanContext) -> list[Patch | Skip]:
         """Every plugin's patches, each marked with the name of its plugin."""
-        plans: list[Patch | Skip] = []
-        plugins = [implementation.plugin for implementation in self.pluggy.hook.sloth_plan_patches.get_hookimpls()]
-        for plugin in reversed(plugins):  # pluggy's calling order: the last registered first, `trylast` last
-            others = [other for other in plugins if other is not plugin]
-            call = self.pluggy.subset_hook_caller("sloth_plan_patches", remove_plugins=others)
-            name = self.pluggy.get_name(plugin) or repr(plugin)
-            for item in (item for answer in call(model=model, context=context) for item in answer):
-                plans.append(dataclasses.replace(item, plugin=name) if isinstance(item, Patch) else item)
-        return plans
+        return [
+            dataclasses.replace(item, plugin=name) if isinstance(item, Patch) else item
+            for name, item in self._items("sloth_plan_patches", Patch, Skip, model=model, context=context)
+        ]
 
     def plan_quantization(self, model: nn.Module | str, settings: Settings, budget: float) -> Any | None:
         """The first plugin's quantization plan, or None."""
@@ -125,8 +132,12 @@ class Manager:
 
     def check(self, model: nn.Module, patches: Sequence[Patch], settings: Settings) -> list[Skip]:
         """Every plugin's objections to the plan."""
-        answers = self.pluggy.hook.sloth_check_plan(model=model, patches=tuple(patches), settings=settings)
-        return [skip for answer in answers for skip in answer]
+        return [
+            skip
+            for _, skip in self._items(
+                "sloth_check_plan", Skip, model=model, patches=tuple(patches), settings=settings
+            )
+        ]
 
     def patched(self, acceleration: Acceleration) -> None:
         """Tell every plugin that the model is patched."""
@@ -135,6 +146,32 @@ class Manager:
     def restored(self, acceleration: Acceleration) -> None:
         """Tell every plugin that the model is as it was."""
         self.pluggy.hook.sloth_restored(acceleration=acceleration)
+
+    def _answers(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Name and answer of each plugin that implements `hook`, third parties first; None is no answer."""
+        caller = getattr(self.pluggy.hook, hook)
+        plugins = [implementation.plugin for implementation in caller.get_hookimpls()]
+        if not plugins:
+            caller(**arguments)  # for the trace
+        for plugin in reversed(plugins):  # pluggy's calling order: the last registered first, `trylast` last
+            call = self.pluggy.subset_hook_caller(hook, remove_plugins=[p for p in plugins if p is not plugin])
+            for answer in call(**arguments):
+                yield self.pluggy.get_name(plugin) or repr(plugin), answer
+
+    def _items(self, hook: str, *types: type, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """The items of the lists that a hook's plugins answer with; TypeError names the plugin whose item is wrong."""
+        wanted = "a list of " + " and ".join(kind.__name__ for kind in types)
+        for name, answer in self._answers(hook, **arguments):
+            if not isinstance(answer, list | tuple):
+                raise TypeError(_wrong(name, hook, answer, wanted))
+            for item in answer:
+                if not isinstance(item, types):
+                    raise TypeError(_wrong(name, hook, item, wanted))
+                yield name, item
+
+
+def _wrong(plugin: str, hook: str, answer: Any, wanted: str) -> str:
+    return f"plugin {plugin!r} answered {hook} with {type(answer).__name__} {answer!r:.80}: allowed is {wanted}"
 
 
 _MANAGER: Manager | None = None

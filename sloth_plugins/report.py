@@ -76,28 +76,34 @@ class Report:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         from rich.table import Table
+        from rich.text import Text
 
+        # Text, because rich would take brackets in names and in the messages of errors for its own markup.
         verb = "would patch" if self.planned else "patched"
         yield f"sloth {verb} {len(self.patched)} sites, left {len(self.skipped)} alone ({self.seconds:.1f} s)"
         if self.patched:
-            table = Table(title_justify="left")
-            for column in ("op", "kernel", "modules", "sites", "error to float64", "eager's"):
-                table.add_column(column, justify="right" if column in ("sites", "error to float64", "eager's") else "left")
+            table = Table()
+            for column in ("op", "kernel", "modules"):
+                table.add_column(column, overflow="fold")
+            for column in ("sites", "error to\nfloat64", "eager's"):
+                table.add_column(column, justify="right")
             for (op, kernel), rows in _grouped((row.op, row.kernel, row) for row in self.patched).items():
                 modules = shorten([row.module for row in rows])
-                table.add_row(
-                    op, kernel, modules, str(len(rows)), _worst(r.max_rel_error for r in rows), _worst(r.eager_rel_error for r in rows)
-                )
+                ours, eager = _worst(r.max_rel_error for r in rows), _worst(r.eager_rel_error for r in rows)
+                table.add_row(Text(op), Text(kernel), Text(modules), str(len(rows)), ours, eager)
             yield table
         if self.skipped:
-            table = Table("left alone", "modules", "why")
+            table = Table()
+            for column in ("left alone", "modules", "why"):
+                table.add_column(column, overflow="fold")
             for (op, reason), skips in _grouped((skip.op, skip.reason, skip) for skip in self.skipped).items():
-                table.add_row(op, shorten([skip.module for skip in skips]), reason)
+                table.add_row(Text(op), Text(shorten([skip.module for skip in skips])), Text(reason))
             yield table
         if self.checkpointing:
-            yield f"checkpointing: {self.checkpointing.get('chosen')} ({self.checkpointing.get('reason')})"
+            plan = self.checkpointing
+            yield Text(f"checkpointing: {plan.get('chosen')} ({plan.get('reason')})")
         for note in self.notes:
-            yield f"note: {note}"
+            yield Text(f"note: {note}")
 
 
 def shorten(modules: list[str]) -> str:

@@ -86,8 +86,9 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are True and False")
         if self.memory_budget_bytes is not None:
             object.__setattr__(self, "memory_budget_bytes", parse_bytes(self.memory_budget_bytes))
-        disable = (self.disable,) if isinstance(self.disable, str) else self.disable
-        if not isinstance(disable, Iterable) or not all(isinstance(op, str) for op in disable):
+        disable: Any = (self.disable,) if isinstance(self.disable, str) else self.disable
+        disable = tuple(disable) if isinstance(disable, Iterable) else None  # an iterator can be read once
+        if disable is None or not all(isinstance(op, str) for op in disable):
             raise ValueError(f"disable={self.disable!r}: allowed is a list of op names out of {', '.join(OPS)}")
         for op in disable:
             if op not in OPS and "." not in op:

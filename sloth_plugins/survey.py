@@ -16,10 +16,12 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, MappingProxyType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,8 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxy
 LAYER_STEPS = ("before", "attention", "after", "middle", "mlp", "last")
 ROPE_LAYOUTS = ("half", "interleaved", "interleaved_repeat")
 FOREIGN = {"liger_kernel": "Liger", "unsloth": "Unsloth", "unsloth_zoo": "Unsloth", "axolotl": "Axolotl", "kernels": "HF kernels"}
-PATCH_MARK = "__sloth_patch__"
+# The functions that an engine has installed. By identity: a wrapper made with functools.wraps would carry an attribute over.
+PATCHES: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 _TIGHT = 1e-9  # float64 stand-ins
 
 
@@ -99,12 +102,18 @@ def sloth_choose_kernel(kernels: Sequence[KernelSpec], settings: Settings, devic
 
 def foreign_owner(module: nn.Module) -> str | None:
     """The accelerator that already owns this module's forward (Liger, Unsloth, Axolotl ...), or None."""
-    for item in (type(module), type(module).forward, module.__dict__.get("forward")):
-        function = getattr(item, "__func__", item)
-        root = (getattr(function, "__module__", None) or "").split(".")[0]
-        if root in FOREIGN:
-            return FOREIGN[root]
-    return None
+    items = (type(module), type(module).forward, module.__dict__.get("forward"))
+    return next((owner for item in items if (owner := _foreign(item)) is not None), None)
+
+
+def _foreign(item: Any) -> str | None:
+    function = getattr(item, "__func__", item)
+    return FOREIGN.get((getattr(function, "__module__", None) or "").split(".")[0])
+
+
+def is_ours(forward: Any) -> bool:
+    """Whether an instance's forward is a patch, any plugin's, and not somebody's wrapper around one."""
+    return isinstance(forward, MethodType) and forward.__func__ in PATCHES
 
 
 def forward_obstacle(module: nn.Module) -> str | None:
@@ -117,7 +126,7 @@ def forward_obstacle(module: nn.Module) -> str | None:
         return "its parameters are partitioned by DeepSpeed ZeRO-3, so they can't be read"
     own = module.__dict__.get("forward")
     function = getattr(own, "__func__", own)
-    if own is None or function is type(module).forward or hasattr(function, PATCH_MARK):
+    if own is None or function is type(module).forward or is_ours(own):
         return None
     if hasattr(module, "_hf_hook"):
         return "its forward is wrapped by accelerate's device-map hook"
@@ -160,6 +169,8 @@ def stand_in(
     clone.__dict__["_buffers"] = dict(module._buffers)
     clone.__dict__["_modules"] = {**module._modules, **(children or {})}
     clone.__dict__["training"] = False
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        clone.__dict__[hooks] = OrderedDict()
     return clone
 
 
@@ -195,7 +206,7 @@ class _Surveyor:
         self.helpers: dict[int, Mapping[str, Any] | None] = {}
 
     def run(self) -> Survey:
-        with torch.no_grad(), _no_autocast():
+        with torch.no_grad(), _undisturbing():
             for name, module in self.model.named_modules():
                 self.look_at(name, module)
             self.find_decoder_layers()
@@ -216,8 +227,11 @@ class _Surveyor:
                 if structure is None:
                     continue
                 if (obstacle := forward_obstacle(module)) is not None:
-                    raise NotASite(obstacle)
-                key = (role, type(module), type(module).forward, structure, scalars(module))
+                    self.skips.append(Skip(module=name, op=op, reason=obstacle))
+                    return
+                key: tuple[Any, ...] = (role, type(module), type(module).forward, structure, scalars(module))
+                if role != "attention":  # an attention's other attributes don't change what its rotary helper computes
+                    key = (*key, _steering(module))
                 if key not in self.cache:
                     self.cache[key] = _probed(probe, module, structure)
                 facts = self.cache[key]
@@ -237,8 +251,9 @@ class _Surveyor:
         w, b = self.randn(width) + 2.0, self.randn(width)
         clone = stand_in(module, {n: v for n, v in ((weight_name, w), (bias_name, b)) if n})
         x = self.randn(5, width)
-        loud, quiet = type(module).forward(clone, x), type(module).forward(clone, x * 1e-3)
-        if not isinstance(loud, torch.Tensor) or loud.shape != x.shape:
+        scaled = [x * scale for scale in (1.0, 1e-3, 1e3)]  # quiet: the eps must show; loud: a clamp
+        got = [type(module).forward(clone, v) for v in scaled]
+        if any(not isinstance(y, torch.Tensor) or y.shape != x.shape for y in got):
             raise NotASite("its output has not the shape of its input, so it is no norm")
         epsilons = [float(v) for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float)]
         if not epsilons:
@@ -247,8 +262,8 @@ class _Surveyor:
         for eps, centred, offset in itertools.product(dict.fromkeys(epsilons), (False, True), (0.0, 1.0)):
             if (offset and (centred or weight is None)) or (bias is not None and not centred):
                 continue
-            wanted = [_norm(v.double(), weight, bias, eps, offset, centred) for v in (x, x * 1e-3)]
-            errors = [relative_error(got, want) for got, want in zip((loud, quiet), wanted, strict=True)]
+            wanted = [_norm(v.double(), weight, bias, eps, offset, centred) for v in scaled]
+            errors = [relative_error(y, want) for y, want in zip(got, wanted, strict=True)]
             if max(errors) <= FORMULA_TOLERANCE[torch.float32]:
                 facts = dict(width=width, eps=eps, weight=weight_name, bias=bias_name)
                 if centred:
@@ -278,9 +293,15 @@ class _Surveyor:
         for children in structure[:-1]:  # more than one assignment only where the widths are all equal
             try:
                 return self._probe_mlp(module, children)
-            except (NotASite, RuntimeError):
+            except Exception:  # foreign code on our probe's input
                 continue
-        return self._probe_mlp(module, structure[-1])
+        try:
+            return self._probe_mlp(module, structure[-1])
+        except Exception as error:
+            if len(structure) == 1:
+                raise
+            # Three linear layers of one width are an attention as often as an MLP.
+            raise NotASite("its three linear layers have one width, but it is no gated MLP", benign=True) from error
 
     def _probe_mlp(self, module: nn.Module, structure: tuple[str, ...]) -> Mapping[str, Any]:
         narrow, wide = 6, 10
@@ -293,11 +314,16 @@ class _Surveyor:
         }
         for linear in tiny.values():
             linear.weight.copy_(self.randn(*linear.weight.shape, dtype=torch.float64))
-        x = self.randn(2, 3, narrow, dtype=torch.float64)
-        clone = stand_in(module, {}, tiny)
+        # Large rows as well: a clamp inside must show.
+        x = self.randn(4, 3, narrow, dtype=torch.float64) * torch.tensor([1.0, 0.1, 30.0, 1e3], dtype=torch.float64)[:, None, None]
+        others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in tiny}
+        clone = stand_in(module, {}, {**others, **tiny})
+        clone.eval()
         got = type(module).forward(clone, x)
         if not isinstance(got, torch.Tensor):
             raise NotASite("its output is no tensor, so it is no plain gated MLP")
+        clone.train()
+        trained = type(module).forward(clone, x)
         down = tiny[structure[-1]]
         if fused:
             first, second = tiny[structure[0]](x).chunk(2, dim=-1)
@@ -306,8 +332,11 @@ class _Surveyor:
             a, b = structure[0], structure[1]
             halves = {a: (tiny[a](x), tiny[b](x)), b: (tiny[b](x), tiny[a](x))}
         for (gate, (g, u)), (activation, act) in itertools.product(halves.items(), ACTIVATIONS.items()):
-            if relative_error(got, down(act(g) * u)) > _TIGHT:
+            want = down(act(g) * u)
+            if max(relative_error(*rows) for rows in zip(got, want, strict=True)) > _TIGHT:
                 continue
+            if not torch.equal(trained, got):
+                raise NotASite("it computes something else in training mode: dropout?")
             if gate == "up_first":
                 raise NotASite("its fused projection holds up before gate, for which there is no kernel")
             if fused:
@@ -323,7 +352,12 @@ class _Surveyor:
         inner = inspect.unwrap(forward)
         if not isinstance(inner, FunctionType) or sum(linear_widths(c) is not None for c in module.children()) < 2:
             return None
+        if (owner := foreign_owner(module)) is not None:
+            raise NotASite(f"already patched by {owner}")
         names = [name for name in inner.__code__.co_names if callable(inner.__globals__.get(name))]
+        for name in names:  # a rotary helper that was replaced for the whole process; theirs may not run in our probe
+            if "rotary" in name.lower() and (owner := _foreign(inner.__globals__[name])) is not None:
+                raise NotASite(f"its helper {name} is already patched by {owner}")
         helpers = [name for name in names if self._rotary_facts(inner.__globals__[name]) is not None]
         if not helpers:
             return None
@@ -490,13 +524,12 @@ def _norm_candidate(module: nn.Module) -> tuple[Any, ...] | None:
 def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
     """The linear children of a module that looks like a gated MLP, in every order that fits: (a, b, down) or (gate_up, down)."""
     children = dict(module.named_children())
-    if any(p.dim() == 3 for p in module._parameters.values() if p is not None):
+    own = [p for p in module._parameters.values() if p is not None]
+    if sum(p.dim() == 3 for p in own) >= 2:  # one alone is a convolution
         raise NotASite("experts stored as stacked 3-D weights: left to the model's own mixture-of-experts code", benign=True)
     widths = {name: width for name, child in children.items() if (width := linear_widths(child)) is not None}
     others = [child for name, child in children.items() if name not in widths]
     if any(next(child.parameters(), None) is not None for child in others):
-        return None
-    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in others):
         return None
     fitting: list[tuple[str, ...]] = []
     for names in itertools.permutations(widths) if len(widths) in (2, 3) else ():
@@ -506,7 +539,11 @@ def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
             fitting.append(names)
         if len(names) == 2 and (narrow, wide) == (widths[down][1], 2 * widths[down][0]):
             fitting.append(names)
-    return tuple(fitting) or None
+    if not fitting:
+        return None
+    if own or any(b is not None for b in module._buffers.values()):
+        raise NotASite("it looks like a gated MLP, but has parameters or buffers of its own")
+    return tuple(fitting)
 
 
 def _norm(
@@ -521,14 +558,32 @@ def _norm(
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def _steering(module: nn.Module) -> tuple[Any, ...]:
+    """What else can steer a forward: activations as functions or modules, configs, lists; by identity where not by value."""
+    public = sorted((name, value) for name, value in vars(module).items() if not name.startswith("_") and name != "forward")
+    plain = (bool, int, float, str, type(None))
+    values = tuple(
+        (name, repr(value) if isinstance(value, tuple | list) else id(value))
+        for name, value in public
+        if not isinstance(value, plain)
+    )
+    children = tuple(
+        (name, type(child), scalars(child), _steering(child))
+        for name, child in module.named_children()
+        if linear_widths(child) is None
+    )
+    return values + children
+
+
 def _dtypes(module: nn.Module) -> tuple[Any, ...]:
     """Dtypes, shapes and trainability of the parameters at or below `module`: what changes a patch's arithmetic."""
     return tuple((name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters())
 
 
 @contextmanager
-def _no_autocast() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False):
+def _undisturbing() -> Iterator[None]:
+    """Probes on the CPU in their own dtypes, whatever the caller's context; foreign code may draw random numbers."""
+    with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         yield
 
 

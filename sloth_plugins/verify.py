@@ -16,8 +16,10 @@ from torch import nn
 
 from sloth_plugins.numerics import FORMULA_TOLERANCE, Comparison, relative_error
 from sloth_plugins.specs import NotASite, Patch
+from sloth_plugins.survey import stand_in
 
 TOKENS = 64
+PARAMETER_ELEMENTS = 2**20
 Function = Callable[..., Any]
 
 
@@ -180,7 +182,7 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
 
     module = trial.module(patch.module)
     replay = trial.replay(patch.module)
-    if len(patch.forwards) != 1:
+    if set(patch.forwards) != {patch.module}:
         raise VerificationError("a patch of several modules must bring its own verify")
     forward = patch.forwards[patch.module]
     tensors = {str(i): a for i, a in enumerate(replay.args) if isinstance(a, torch.Tensor)}
@@ -188,10 +190,25 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
     if rest or not tensors or any(isinstance(v, torch.Tensor) for v in replay.kwargs.values()):
         raise VerificationError("only modules called with tensors alone can be replayed: the patch must bring its own verify")
     double = copy.deepcopy(module).double()
-    call = lambda f, m: lambda **t: f(m, *t.values(), **replay.kwargs)  # noqa: E731
-    comparisons = compare(
-        call(forward, module), call(type(module).forward, module), call(type(module).forward, double), tensors, list(tensors)
-    )
+    inputs = list(tensors)
+    # Gradients of large weights would cost memory. Those of children are left to the children's own forwards.
+    tensors |= {
+        name: p
+        for name, p in module._parameters.items()
+        if p is not None and p.requires_grad and p.numel() <= PARAMETER_ELEMENTS
+    }
+
+    def call(function: Function, module: nn.Module) -> Function:
+        def run(**given: torch.Tensor) -> Any:
+            clone = stand_in(module, {})
+            clone.__dict__["_parameters"].update({name: given[name] for name in given if name not in inputs})
+            return function(clone, *(given[name] for name in inputs), **replay.kwargs)
+
+        return run
+
+    original = type(module).forward
+    grads = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    comparisons = compare(call(forward, module), call(original, module), call(original, double), tensors, grads)
     failed = [str(comparison) for comparison in comparisons if not comparison.passed]
     if failed:
         raise VerificationError("less accurate than the contract: " + "; ".join(failed))
@@ -217,7 +234,8 @@ def capture(model: nn.Module, names: Sequence[str], device: torch.device, genera
 
         return keep
 
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    get: Any = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
     vocabulary = min(getattr(embedding, "num_embeddings", None) or 100, 1000)
     ids = torch.randint(0, vocabulary, (2, 8), generator=generator, device=generator.device).to(device)
     try:
@@ -243,7 +261,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without dropout inside; training flags and the random state of the CPU and the GPU as they were after it."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    # Under the caller's inference_mode no gradient could be compared.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
         try:
             for module in training:
                 module.training = False

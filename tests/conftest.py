@@ -1,7 +1,10 @@
 """Kernels run in Triton's interpreter where there is no GPU, which must be said before triton is first imported."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, which import mode importlib does not find
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

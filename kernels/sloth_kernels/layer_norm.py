@@ -42,6 +42,10 @@ from sloth_kernels.rms_norm import (
 )
 
 
+# With two sums a row, fewer and busier threads are faster (see row_tile).
+TWO_SUMS = {"tile_elements": 4096, "per_thread": 32}
+
+
 @triton.jit
 def layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -72,9 +76,9 @@ def layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     # Asked for before the reductions, whose barriers no load moves across.
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
+        bias = tl.load(bias_ptr + col, mask=col < N, other=0.0)
     mean = tl.sum(x, axis=1, keep_dims=True) / N
     # The variance is taken about the mean: E[x^2] - mean^2 cancels where the mean is large.
     x = tl.where(mask, x - mean, 0.0)
@@ -124,9 +128,7 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     step = tl.num_programs(0) * ROWS
     KEEP_WEIGHT: tl.constexpr = PREFETCH or ROWS > 1
     if HAS_WEIGHT and KEEP_WEIGHT:
-        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
-            tl.float32
-        )
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)
     if WEIGHT_GRAD:
         dweight = tl.zeros([ROWS, BLOCK_N], tl.float32)
     if BIAS_GRAD:
@@ -171,9 +173,7 @@ def layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             mean = loaded_mean
             rstd = loaded_rstd
         if HAS_WEIGHT and not KEEP_WEIGHT:
-            weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
-                tl.float32
-            )
+            weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)
         # Masked lanes hold xhat = -mean * rstd, but dy = 0 there, and xhat enters every sum only times dy.
         xhat = (x - mean) * rstd
         if WEIGHT_GRAD:
@@ -206,7 +206,7 @@ def layer_norm_fwd(
     if x.numel() == 0:
         return y, mean, rstd
     rows = as_rows(x)
-    tile = row_tile(rows.rows, rows.width)
+    tile = row_tile(rows.rows, rows.width, **TWO_SUMS)
     with torch.cuda.device_of(x):
         layer_norm_fwd_kernel[(tile.programs,)](
             rows.tensors[0],
@@ -253,7 +253,7 @@ def layer_norm_bwd(
         return dx, dweight, dbias
     rows = as_rows(dy, x)
     summing = weight_grad or bias_dtype is not None
-    tile = persistent_tile(rows.rows, width, x.device) if summing else row_tile(rows.rows, width)
+    tile = persistent_tile(rows.rows, width, x.device) if summing else row_tile(rows.rows, width, **TWO_SUMS)
     with torch.cuda.device_of(x):
         wanted = [dtype is not None for dtype in dtypes]
         partial = torch.empty(sum(wanted), tile.programs, width, dtype=torch.float32, device=x.device)

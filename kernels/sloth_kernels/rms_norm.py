@@ -87,12 +87,14 @@ def rms_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     """ROWS rows a program; they stay in registers between the sum of squares and the product."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < N)
+    mask = col < N  # with one row a program there is no row too many
+    if ROWS > 1:
+        mask = mask & (row < rows)
     at = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2, LEVELS) + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_WEIGHT:
         # Asked for before the reduction, whose barrier no load moves across, so that it does not wait twice.
-        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last")
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0)
     out_at = row.to(tl.int64) * N + col
     if HAS_RESIDUAL:
         at = row_offset(row, size1, size2, residual_stride0, residual_stride1, residual_stride2, LEVELS) + col
@@ -164,10 +166,7 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     step = tl.num_programs(0) * ROWS
     KEEP_WEIGHT: tl.constexpr = PREFETCH or ROWS > 1
     if HAS_WEIGHT and KEEP_WEIGHT:
-        weight = (
-            tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            + OFFSET
-        )
+        weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32) + OFFSET
     if WEIGHT_GRAD:
         dweight = tl.zeros([ROWS, BLOCK_N], tl.float32)
     if PREFETCH:
@@ -221,12 +220,7 @@ def rms_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             if HAS_DSUMMED:
                 dsummed = loaded_dsummed
         if HAS_WEIGHT and not KEEP_WEIGHT:
-            weight = (
-                tl.load(weight_ptr + col, mask=col < N, other=0.0, eviction_policy="evict_last").to(
-                    tl.float32
-                )
-                + OFFSET
-            )
+            weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32) + OFFSET
         xhat = x * rstd
         if WEIGHT_GRAD:
             dweight += dy * xhat
@@ -352,16 +346,16 @@ class Tile:
     prefetch: bool = False
 
 
-def row_tile(rows: int, width: int) -> Tile:
-    """One tile a program: about 4,096 elements, 32 a thread (four 16-byte loads in flight in bf16).
+def row_tile(rows: int, width: int, *, tile_elements: int = 2048, per_thread: int = 16) -> Tile:
+    """One tile a program: 2,048 elements or one row, 16 elements a thread (two 16-byte loads in flight in bf16).
 
-    At N = 4096 that is one row and four warps: about eight programs fit on a multiprocessor, and with 8,192
-    of them the last wave is a small part of the whole.
+    At N = 4096 that is one row and eight warps. Measured on an H200 in bf16, forward: 32 elements a thread cost 1 %
+    at N = 4096 and, in tiles of 4,096 elements, 3 % at N = 128; LayerNorm, with its two sums, wants them.
     """
     block_n = next_power_of_2(width)
     # No taller than the work, so that a decoding step with a handful of rows does not idle in masked lanes.
-    tile_rows = min(max(1, 4096 // block_n), next_power_of_2(rows))
-    num_warps = max(1, min(16, tile_rows * block_n // 1024))
+    tile_rows = min(max(1, tile_elements // block_n), next_power_of_2(rows))
+    num_warps = max(1, min(16, tile_rows * block_n // (32 * per_thread)))
     return Tile(rows=tile_rows, block_n=block_n, num_warps=num_warps, programs=-(-rows // tile_rows))
 
 

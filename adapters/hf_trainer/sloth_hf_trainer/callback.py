@@ -13,6 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import sloth_plugins as sloth
 
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+
 
 class SlothCallback(TrainerCallback):  # type: ignore[misc]
     """Accelerates the Trainer's model and logs `sloth/...` figures.
@@ -21,8 +23,9 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         settings: sloth_plugins.Settings, or None for the defaults.
         overrides: fields of Settings, which win over `settings`.
 
-    Raises ValueError for a bad setting when it is made; under `strict=True`, SkippedSiteError when the model is patched. Anything else
-    that goes wrong in patching is a warning, and training goes on with the model's own code.
+    Raises ValueError for a bad setting when it is made; under `strict=True`, SkippedSiteError when the model
+    is patched. Anything else that goes wrong in patching is a warning, and training goes on with the model's
+    own code.
 
     After patching, `acceleration` holds the record (`.report`, `.undo()`).
     """
@@ -30,14 +33,19 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, settings: sloth.Settings | None = None, **overrides: Any) -> None:
         self.settings = sloth.Settings.resolve(settings, overrides, "SlothCallback()")
         self.acceleration: sloth.Acceleration | None = None
-        self._shown = False
-        self._tokens = 0
-        self._window_began: float | None = None
+        self._printed: sloth.Acceleration | None = None
+        self._warned = False
         self._counter: Any = None
+        self._window_began: float | None = None
+        self._step_ended: float | None = None
+        self._tokens = self._run_tokens = 0
+        self._run_seconds = 0.0
 
     # Patching
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._patch(args, kwargs.get("model"))
         _go_first(self)
 
@@ -49,9 +57,10 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         if self.acceleration is None:
             return
         self._note_reference_model(trainer)
-        self._count_tokens(self.acceleration.model)
-        if state.is_world_process_zero and not self._shown:
-            self._shown = True
+        self._reset_figures()
+        self._count_tokens(trainer)
+        if state.is_world_process_zero and self._printed is not self.acceleration:
+            self._printed = self.acceleration
             from rich.console import Console
 
             self.acceleration.report.print(Console(stderr=True))
@@ -59,8 +68,12 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.acceleration is None and not self._shown:  # added later, and only evaluate() is called
-            self._patch(args, kwargs.get("model"))
+        """Patch where only evaluate() is called and the callback was added later, or served elsewhere."""
+        model = kwargs.get("model")
+        if model is None or self._warned:
+            return
+        if self.acceleration is None or self.acceleration.model is not _unwrapped(model):
+            self._patch(args, model)
 
     def _patch(self, args: TrainingArguments, model: nn.Module | None) -> None:
         if model is None:
@@ -69,11 +82,11 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         held = self.acceleration
         if held is not None and held.active and held.model is model and (args.fsdp or args.deepspeed):
             return  # sharded since then: its modules and parameters are the wrapper's now
-        if args.n_gpu > 1:
-            _warn_once(
-                self,
-                f"this run uses torch.nn.DataParallel on {args.n_gpu} GPUs, whose replicas would run the first GPU's "
-                "forwards, so nothing is patched: start it with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
+        if args.n_gpu > 1 and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+            self._warn_once(
+                f"this run uses torch.nn.DataParallel on {args.n_gpu} GPUs, whose replicas would run the "
+                "first GPU's forwards, so nothing is patched: start it with torchrun or accelerate launch, "
+                "or set CUDA_VISIBLE_DEVICES to one GPU"
             )
             return
         try:
@@ -83,7 +96,9 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         except Exception as error:  # an accelerator must never take a user's run down
             if self.settings.strict:
                 raise
-            _warn_once(self, f"the model is left as it is, because patching failed: {type(error).__name__}: {error}")
+            self._warn_once(
+                f"the model is left as it is, because patching failed: {type(error).__name__}: {error}"
+            )
             return
         if held is not None and held is not acceleration:
             held.undo()  # model_init made a new model
@@ -97,14 +112,39 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
             "the trainer's ref_model is a second model that no callback is given: it runs as it is. "
             "sloth_plugins.accelerate(trainer.ref_model) patches it too"
         )
-        if _unwrapped(reference) is not self.acceleration.model and note not in self.acceleration.report.notes:
-            self.acceleration.report.notes.append(note)
+        notes = self.acceleration.report.notes
+        if _unwrapped(reference) is not self.acceleration.model and note not in notes:
+            notes.append(note)
 
     # Figures
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._window_began is None:
             self._window_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_ended = time.perf_counter()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_out_the_pause()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_out_the_pause()
+
+    def _leave_out_the_pause(self) -> None:
+        """Evaluating and saving between two steps is no training time: the window begins that much later."""
+        if self._window_began is not None and self._step_ended is not None:
+            now = time.perf_counter()
+            self._window_began += now - self._step_ended
+            self._step_ended = now
 
     def on_log(
         self,
@@ -114,30 +154,52 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to the log that the trackers, called after us, are given, and to the history."""
-        if self.acceleration is None or logs is None or "loss" not in logs:
+        """Add the figures to the log that the trackers, called after us, are given, and to the history.
+
+        They go beside every loss (tokens per second since the last one) and into the summary at the end
+        (tokens per second of the whole run).
+        """
+        if self.acceleration is None or logs is None or not {"loss", "train_loss"} & logs.keys():
             return
+        tokens = self._tokens
+        seconds = time.perf_counter() - self._window_began if self._window_began is not None else 0.0
+        self._tokens, self._window_began, self._step_ended = 0, None, None
+        self._run_tokens += tokens
+        self._run_seconds += seconds
+        if "train_loss" in logs:
+            tokens, seconds = self._run_tokens, self._run_seconds
         report = self.acceleration.report
         figures: dict[str, float] = {
             "sloth/patched": len(report.patched),
             "sloth/skipped": len(report.skipped),
             "sloth/peak_bytes": peak_bytes(),
         }
-        if self._tokens and self._window_began is not None:
-            figures["sloth/tokens_per_s"] = round(self._tokens / (time.perf_counter() - self._window_began), 1)
-        self._tokens, self._window_began = 0, None
+        if tokens and seconds > 0:
+            figures["sloth/tokens_per_s"] = round(tokens / seconds, 1)
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_counting()
+
+    def _reset_figures(self) -> None:
+        self._window_began = self._step_ended = None
+        self._tokens = self._run_tokens = 0
+        self._run_seconds = 0.0
+
+    def _stop_counting(self) -> None:
         if self._counter is not None:
             self._counter.remove()
             self._counter = None
 
-    def _count_tokens(self, model: nn.Module | None) -> None:
+    def _count_tokens(self, trainer: Trainer | None) -> None:
         """Count the tokens (padding included) that this process trains on, between two logs."""
-        if model is None or self._counter is not None:
+        self._stop_counting()  # a run that ended in an error has left its own
+        model = self.acceleration.model if self.acceleration is not None else None
+        if model is None:
             return
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,17 +212,25 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
             elif isinstance(embeddings, torch.Tensor):
                 self._tokens += embeddings.shape[0] * embeddings.shape[1]
 
-        # TRL's fused heads call the backbone past the top module, so the count sits on the module that both reach.
-        backbone = getattr(model, "base_model", model)
-        backbone = getattr(backbone, "model", backbone)  # PEFT: LoraModel.model is the causal LM
-        backbone = getattr(backbone, "base_model", backbone)
-        if not isinstance(backbone, nn.Module):
-            return
-        self._counter = backbone.register_forward_pre_hook(count, with_kwargs=True)
+        wrapped = getattr(trainer, "model_wrapped", None)
+        if isinstance(getattr(wrapped, "_orig_mod", None), nn.Module):
+            backbone: Any = wrapped  # a hook inside what torch.compile traces would run once, in tracing
+        else:
+            # TRL's fused heads call the backbone past the top module, so the count sits where both come by.
+            backbone = getattr(model, "base_model", model)
+            backbone = getattr(backbone, "model", backbone)  # PEFT: LoraModel.model is the causal LM
+            backbone = getattr(backbone, "base_model", backbone)
+        if isinstance(backbone, nn.Module):
+            self._counter = backbone.register_forward_pre_hook(count, with_kwargs=True)
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"sloth: {message}", stacklevel=3)
 
 
 def peak_bytes() -> int:
-    """The most memory used so far: allocated on the current CUDA device, or this process's resident set on a CPU."""
+    """The most memory so far: allocated on the current CUDA device; on a CPU, this process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -173,7 +243,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        if inner is None and type(model).__name__ in WRAPPERS:
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -181,24 +251,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _go_first(callback: TrainerCallback) -> Trainer | None:
-    """Put `callback` before the trackers, which the Trainer calls first, and return the Trainer that is calling.
+    """Put `callback` before the trackers, which the Trainer calls first; return the Trainer that is calling.
 
-    The events' arguments hold neither the Trainer nor its handler, so both are found on the call stack. Where they aren't there,
-    the figures still reach the history and the console.
+    The events' arguments hold neither the Trainer nor its handler, so both are found on the call stack. Where
+    they aren't there, the figures still reach the history and the console.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        handler = getattr(caller, "callback_handler", None)
+        handler: Any = getattr(caller, "callback_handler", None)
         if isinstance(caller, Trainer) and callback in getattr(handler, "callbacks", ()):
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return caller
         frame = frame.f_back
     return None
-
-
-def _warn_once(callback: SlothCallback, message: str) -> None:
-    if not callback._shown:
-        callback._shown = True
-        warnings.warn(f"sloth: {message}", stacklevel=3)
