@@ -1,8 +1,10 @@
-"""The hooks, in the order of a model's life. docs/hooks.md describes each with an example; a test holds the two together.
+"""The hooks, in the order of a model's life.
 
-A plugin is a module or an object whose functions carry `sloth_plugins.hookimpl`, offered through the entry-point group
-`sloth_plugins`. An implementation may take any subset of a hook's arguments. Built-ins are ordinary plugins, registered
-first and `trylast`, so that a third party's answer comes first.
+docs/hooks.md describes each with an example; a test holds the two together.
+
+A plugin is a module or an object whose functions carry `sloth_plugins.hookimpl`, offered through the
+entry-point group `sloth_plugins`. An implementation may take any subset of a hook's arguments. Built-ins are
+ordinary plugins, registered first and `trylast`, so that a third party's answer comes first.
 """
 
 from __future__ import annotations
@@ -38,7 +40,12 @@ def sloth_survey_model(model: nn.Module, settings: Settings) -> Survey:  # type:
 
 @hookspec(firstresult=True)
 def sloth_choose_kernel(
-    site: Site, op: str, kernels: Sequence[KernelSpec], device: torch.device, dtype: torch.dtype, settings: Settings
+    site: Site,
+    op: str,
+    kernels: Sequence[KernelSpec],
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: Settings,
 ) -> KernelSpec | None:
     """Choose one of `kernels`, all of which can serve the site; None leaves the choice to the next plugin."""
 
@@ -55,11 +62,13 @@ def sloth_plan_quantization(model: nn.Module | str, settings: Settings, budget: 
 
 @hookspec(firstresult=True)
 def sloth_plan_checkpointing(model: nn.Module, settings: Settings) -> Any | None:
-    """Plan what is kept, offloaded and recomputed: an object with `apply(model)`, which returns an undo function."""
+    """Plan what is kept, offloaded and recomputed: an object whose `apply(model)` returns an undo function."""
 
 
 @hookspec
-def sloth_check_plan(model: nn.Module, patches: Sequence[Patch], settings: Settings) -> Sequence[Skip]:  # type: ignore[empty-body]
+def sloth_check_plan(  # type: ignore[empty-body]
+    model: nn.Module, patches: Sequence[Patch], settings: Settings
+) -> Sequence[Skip]:
     """Object to planned patches: each Skip returned drops the patches of that module and op, with its reason."""
 
 

@@ -148,9 +148,10 @@ def _verify_norm(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forwa
         reference = _norm_call(_reference(kernel), site)
         truth = partial(run, lambda clone, x: reference(clone, x, None))
         tensors = {"x": x, **{name: p.detach() for name, p in parameters.items() if p is not None}}
-        comparisons += compare(
-            partial(run, forward), partial(run, type(module).forward), truth, tensors, ["x", *trainable]
-        )
+        with trial.context(activation, dtype):
+            comparisons += compare(
+                partial(run, forward), partial(run, type(module).forward), truth, tensors, ["x", *trainable]
+            )
     return comparisons
 
 
@@ -218,7 +219,8 @@ def _verify_mlp(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forwar
             result: torch.Tensor = kernel.reference(*given, *([None] * (2 - len(given))), activation=facts["activation"])
             return result
 
-        comparisons += compare(partial(run, forward), partial(run, type(module).forward), truth, values, first)
+        with trial.context(activation, dtype):
+            comparisons += compare(partial(run, forward), partial(run, type(module).forward), truth, values, first)
     return comparisons
 
 
@@ -311,7 +313,8 @@ def _verify_rope(
     for activation in trial.dtypes(dtype):
         tensors = {"q": _random_like(trial, q, activation), "k": _random_like(trial, k, activation)}
         tensors |= {"cos": cos.detach(), "sin": sin.detach()}
-        comparisons += compare(fused, original.__globals__[site.facts["helper"]], reference, tensors, ["q", "k"])
+        with trial.context(activation, dtype):
+            comparisons += compare(fused, original.__globals__[site.facts["helper"]], reference, tensors, ["q", "k"])
     _verify_wiring(trial, site, forward)
     return comparisons
 
@@ -452,7 +455,8 @@ def _verify_qk_norm_rope(
         tensors = {"q": _random_like(trial, q, activation), "k": _random_like(trial, k, activation)}
         tensors |= {name: p.detach() for name, p in weights.items() if p is not None}
         tensors |= {"cos": cos.detach(), "sin": sin.detach()}
-        comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
+        with trial.context(activation, dtype):
+            comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
     _verify_deferral(trial, site, forwards)
     return comparisons
 
@@ -581,7 +585,8 @@ def _verify_add_rms_norm(
         if parameter is not None:
             tensors["weight"] = parameter.detach()
             grads += ["weight"] if parameter.requires_grad else []
-        comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
+        with trial.context(activation, dtype):
+            comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
     _verify_wiring(trial, site, forward)
     return comparisons
 

@@ -13,12 +13,25 @@ import torch
 
 from sloth_plugins.specs import Skip
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "axolotl", "lightning")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "axolotl",
+    "lightning",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patched:
-    """One accelerated site. Errors are relative to float64, the largest over outputs and gradients; None: not verified."""
+    """One accelerated site.
+
+    Errors are relative to float64, the largest over outputs and gradients; None: not verified.
+    """
 
     module: str
     op: str
@@ -96,7 +109,9 @@ class Report:
             table = Table()
             for column in ("left alone", "modules", "why"):
                 table.add_column(column, overflow="fold")
-            for (op, reason), skips in _grouped((skip.op, skip.reason, skip) for skip in self.skipped).items():
+            for (op, reason), skips in _grouped(
+                (skip.op, skip.reason, skip) for skip in self.skipped
+            ).items():
                 table.add_row(Text(op), Text(shorten([skip.module for skip in skips])), Text(reason))
             yield table
         if self.checkpointing:

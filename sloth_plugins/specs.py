@@ -1,4 +1,4 @@
-"""The values that pass between hooks: sites, kernels, patches. None of them changes a model; only the engine does."""
+"""The values that pass between hooks: sites, kernels, patches. Only the engine changes a model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Site:
     """A module that plays a known role, confirmed by behaviour.
 
     `role` is one of "rms_norm", "layer_norm", "gated_mlp", "attention", "decoder_layer", "lm_head".
-    `facts` is what the probe confirmed (eps, activation, child names ...); `signature` is equal for all the sites that one
-    verification covers (same class, same facts, same widths and dtypes).
+    `facts` is what the probe confirmed (eps, activation, child names ...); `signature` is equal for all the
+    sites that one verification covers (same class, same facts, same widths and dtypes).
     """
 
     module: str
@@ -33,7 +33,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """A candidate that was left alone, and why. `benign`: there was nothing to accelerate, so `strict` does not raise."""
+    """A candidate that was left alone, and why. `benign`: nothing to accelerate, so `strict` doesn't raise."""
 
     module: str
     op: str
@@ -53,9 +53,10 @@ class Survey:
 class KernelSpec:
     """One implementation of one op.
 
-    `function` has the signature of the op's public function in `sloth_kernels` (see docs/kernels.md) and `reference` is
-    plain differentiable PyTorch of the same signature that is right in float64. `unavailable` says in one sentence why the
-    kernel can't run on this machine; `refuse(device, dtype, facts)` why it can't serve a site. Both give None for "it can".
+    `function` has the signature of the op's public function in `sloth_kernels` (see docs/kernels.md) and
+    `reference` is plain differentiable PyTorch of the same signature that is right in float64. `unavailable`
+    says in one sentence why the kernel can't run on this machine; `refuse(device, dtype, facts)` why it can't
+    serve a site. Both give None for "it can".
     """
 
     op: str
@@ -83,10 +84,11 @@ class KernelSpec:
 class Patch:
     """A planned change: instance forwards of some modules, and how to prove them.
 
-    `forwards` maps a module's dotted name to a function `(self, *args, **kwargs)` that becomes the forward of that one
-    instance; it must reach parameters and children through `self` so that a deep copy of the model works. Claiming a module
-    twice is a conflict. `verify` returns the comparisons against float64 (None: the module is replayed on real input, patched against original).
-    `replays` names modules whose real inputs `verify` wants. `otherwise` are the patches to try where this one is dropped.
+    `forwards` maps a module's dotted name to a function `(self, *args, **kwargs)` that becomes the forward of
+    that one instance; it must reach parameters and children through `self` so that a deep copy of the model
+    works. Claiming a module twice is a conflict. `verify` returns the comparisons against float64 (None: the
+    module is replayed on real input, patched against original). `replays` names modules whose real inputs
+    `verify` wants. `otherwise` are the patches to try where this one is dropped.
     """
 
     module: str

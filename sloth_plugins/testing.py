@@ -1,12 +1,13 @@
-"""The gate for kernels: `check_kernel(spec)` holds one to its op's reference, our own kernels and third parties' alike.
+"""The gate for kernels, ours and third parties': `check_kernel(spec)` holds one to its op's reference.
 
     from sloth_plugins.testing import check_kernel
 
     def test_my_kernel():
         check_kernel(spec)
 
-Forward and every gradient are compared by the contract of `sloth_plugins.numerics`, on odd shapes, non-contiguous inputs, large
-magnitudes, frozen weights and an empty batch. docs/kernels.md has the signatures.
+Forward and every gradient are compared by the contract of `sloth_plugins.numerics`, on odd shapes,
+non-contiguous inputs, large magnitudes, frozen weights and an empty batch.
+The signatures are in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Tensors = Mapping[str, torch.Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One call of an op: its tensors by parameter name, its options, and the tensors that take no gradient."""
+    """One call of an op: its tensors by parameter name, its options, and the tensors without a gradient."""
 
     name: str
     tensors: Tensors
@@ -87,7 +88,9 @@ def _rms_norm(make: _Maker) -> Iterator[Sample]:
             yield Sample(name=f"{name}, {which}", tensors=tensors, options=options)
     x, weight = make(5, 40), make.weight(40)
     yield Sample(name="a large eps", tensors={"x": x, "weight": weight}, options={"eps": 0.5})
-    yield Sample(name="frozen weight", tensors={"x": x, "weight": weight}, options=llama, frozen=frozenset({"weight"}))
+    yield Sample(
+        name="frozen weight", tensors={"x": x, "weight": weight}, options=llama, frozen=frozenset({"weight"})
+    )
     yield Sample(name="frozen x", tensors={"x": x, "weight": weight}, options=llama, frozen=frozenset({"x"}))
     yield Sample(name="no weight", tensors={"x": x, "weight": None}, options={"eps": 1e-6})
     single = make.weight(40, torch.float32)
@@ -116,7 +119,9 @@ def _layer_norm(make: _Maker) -> Iterator[Sample]:
     tensors = {"x": x, "weight": weight, "bias": bias}
     yield Sample(name="a large eps", tensors=tensors, options={"eps": 0.5})
     for frozen in (("weight",), ("bias",), ("weight", "bias")):
-        yield Sample(name=f"frozen {frozen}", tensors=tensors, options={"eps": 1e-5}, frozen=frozenset(frozen))
+        yield Sample(
+            name=f"frozen {frozen}", tensors=tensors, options={"eps": 1e-5}, frozen=frozenset(frozen)
+        )
     single = {"x": x, "weight": make.weight(40, torch.float32), "bias": make(40, dtype=torch.float32)}
     yield Sample(name="float32 weights", tensors=single, options={"eps": 1e-5})
     yield Sample(name="float32 result", tensors=single, options={"eps": 1e-5, "out_dtype": torch.float32})
@@ -202,16 +207,17 @@ def check_kernel(
 
     Args:
         spec: the kernel; its op is one of `SAMPLES`.
-        device: where to run; by default a GPU where there is one and the kernel takes it, else a device that it takes.
-        dtypes: by default those of float32, float16 and bfloat16 that the kernel takes. (Triton's interpreter computes wrongly in
-            bfloat16, so on a CPU a Triton kernel is checked in the other two.)
+        device: where to run; by default a GPU where there is one and the kernel takes it, else what it takes.
+        dtypes: by default those of float32, float16 and bfloat16 that the kernel takes. (Triton's interpreter
+            computes wrongly in bfloat16, so on a CPU a Triton kernel is checked in the other two.)
 
     Returns:
         Every comparison that was made, all of them passed.
 
     Raises:
-        AssertionError: lists what fell short: accuracy, dtype, shape, a missing gradient, an input that was written over, an error.
-        ValueError: for an op without samples, and for a kernel that can't run on this machine.
+        AssertionError: lists what fell short: accuracy, dtype, shape, a missing gradient, an input that was
+            written over, an error.
+        ValueError: for an op without samples, no dtype, and a kernel that can't run on this machine.
     """
     if spec.op not in SAMPLES:
         raise ValueError(f"op={spec.op!r}: check_kernel has samples for {', '.join(SAMPLES)}")
@@ -219,11 +225,15 @@ def check_kernel(
         raise ValueError(f"kernel {spec.name!r} can't be checked on this machine: {reason}")
     device = torch.device(device) if device is not None else _default_device(spec)
     if device.type not in spec.device_types:
-        raise ValueError(f"device={str(device)!r}: kernel {spec.name!r} runs on {', '.join(sorted(spec.device_types))}")
+        raise ValueError(
+            f"device={str(device)!r}: kernel {spec.name!r} runs on {', '.join(sorted(spec.device_types))}"
+        )
     interpreted = spec.backend == "triton" and device.type == "cpu"
     chosen = list(dtypes) if dtypes is not None else sorted(spec.dtypes & FLOATS, key=str)
     if dtypes is None and interpreted:
         chosen = [dtype for dtype in chosen if dtype != torch.bfloat16]
+    if not chosen:
+        raise ValueError(f"dtypes: kernel {spec.name!r} is to be checked in none")
     reference = _reference(spec)
     comparisons: list[Comparison] = []
     failures = _signature_failures(spec.function, reference)
@@ -240,14 +250,18 @@ def check_kernel(
                 if isinstance(item, str):
                     failures.append(f"{where}: {item}")
                     continue
-                item = Comparison(tensor=f"{where}, {item.tensor}", error=item.error, eager_error=item.eager_error)
+                item = Comparison(
+                    tensor=f"{where}, {item.tensor}", error=item.error, eager_error=item.eager_error
+                )
                 comparisons.append(item)
                 if not item.passed:
                     failures.append(str(item))
     if failures:
         listed = "\n  ".join(failures[:40])
         more = f"\n  and {len(failures) - 40} more" if len(failures) > 40 else ""
-        raise AssertionError(f"kernel {spec.name!r} ({spec.op}) falls short in {len(failures)} points:\n  {listed}{more}")
+        raise AssertionError(
+            f"kernel {spec.name!r} ({spec.op}) falls short in {len(failures)} points:\n  {listed}{more}"
+        )
     return comparisons
 
 
@@ -270,7 +284,11 @@ def _signature_failures(function: Callable[..., Any], reference: Callable[..., A
     taken = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return []
-    return [f"it takes no argument {name!r}" for name in inspect.signature(reference).parameters if name not in taken]
+    return [
+        f"it takes no argument {name!r}"
+        for name in inspect.signature(reference).parameters
+        if name not in taken
+    ]
 
 
 def _compare(
@@ -278,12 +296,16 @@ def _compare(
 ) -> Iterator[Comparison | str]:
     """The three-way comparison of one sample; a text for what isn't a matter of accuracy."""
     eager, outputs = _run(reference, sample, None, None)
-    upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).to(o.device, o.dtype) for o in outputs]
+    upstream = [
+        torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).to(o.device, o.dtype)
+        for o in outputs
+    ]
     eager, _ = _run(reference, sample, upstream, None)
     truth, _ = _run(reference, sample, upstream, torch.float64)
     got, _ = _run(kernel, sample, upstream, None)
     if got.keys() != eager.keys():
-        yield f"{len([k for k in got if k.startswith('output')])} outputs where the reference has {len(outputs)}"
+        count = sum(name.startswith("output") for name in got)
+        yield f"{count} outputs where the reference has {len(outputs)}"
         return
     for name, want in eager.items():
         result, exact = got[name], truth[name]
@@ -306,11 +328,13 @@ def _run(
     upstream: list[torch.Tensor] | None,
     cast: torch.dtype | None,
 ) -> tuple[dict[str, torch.Tensor | None], list[torch.Tensor]]:
-    """Outputs and gradients by name. Raises ValueError where the function wrote over an input or an incoming gradient."""
+    """Outputs and gradients by name; ValueError where an input or an incoming gradient was written over."""
     leaves: dict[str, torch.Tensor | None] = {}
     for name, tensor in sample.tensors.items():
         if tensor is not None:
-            tensor = _relayout(tensor if cast is None else tensor.to(cast)).requires_grad_(name not in sample.frozen)
+            tensor = _relayout(tensor if cast is None else tensor.to(cast)).requires_grad_(
+                name not in sample.frozen
+            )
         leaves[name] = tensor
     before = {name: leaf.detach().clone() for name, leaf in leaves.items() if leaf is not None}
     # In the float64 run nothing is rounded, not even the result.

@@ -50,10 +50,16 @@ class Trial:
         return self.model.get_submodule(name)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-        """The dtypes that activations may have where parameters are `dtype`: on a GPU, bf16 as well under fp32 weights."""
+        """The dtypes of activations to prove where parameters are `dtype`: on a GPU, bf16 under fp32 weights as well."""
         if dtype == torch.float32 and self.device.type == "cuda":
             return torch.float32, torch.bfloat16
         return (dtype,)
+
+    def context(self, activation: torch.dtype, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+        """Autocast where activations are of another dtype than parameters, which is how that comes about."""
+        if activation == dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=activation)
 
     def randn(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Random normal values on the trial's device, from the trial's own generator."""
@@ -96,6 +102,9 @@ def compare(
         results[name] = [*((f"output {i}", o) for i, o in enumerate(outputs))] + [
             (f"gradient of {key}", g) for key, g in zip(grads, gradients, strict=bool(gradients))
         ]
+    # A float32 result of a bf16 input (under float32 weights) has been through bf16.
+    floating = [t.dtype for t in (*tensors.values(), *(o for _, o in results["original"] if o is not None))]
+    coarsest = min((dtype for dtype in floating if dtype.is_floating_point), key=_precision)
     comparisons = []
     for (tensor, want), (_, eager), (_, got) in zip(
         results["truth"], results["original"], results["patched"], strict=True
@@ -109,7 +118,7 @@ def compare(
         comparison = Comparison(
             tensor=tensor, error=relative_error(got, want), eager_error=relative_error(eager, want)
         )
-        tolerance = FORMULA_TOLERANCE.get(eager.dtype, 0.0)
+        tolerance = FORMULA_TOLERANCE[coarsest]
         if comparison.eager_error > tolerance:
             raise VerificationError(
                 f"the original itself is {comparison.eager_error:.1e} from the formula in {tensor} (at most {tolerance:.0e})"
@@ -261,8 +270,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without dropout inside; training flags and the random state of the CPU and the GPU as they were after it."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    # Under the caller's inference_mode no gradient could be compared.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
+    kinds = {"cpu", *(p.device.type for p in model.parameters())} & {"cpu", "cuda", "xpu"}
+    with contextlib.ExitStack() as stack:
+        # Under the caller's inference_mode no gradient could be compared, and under autocast not in the dtypes given.
+        stack.enter_context(torch.inference_mode(False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         try:
             for module in training:
                 module.training = False

@@ -306,6 +306,6 @@ def no_sloth_warnings() -> Iterator[None]:
 
 
 def python_environment(*first: Path) -> dict[str, str]:
-    """The environment of a Python that finds `first` and our source roots, installed or not; it sees no GPU."""
+    """The environment of a Python that finds `first` and our source roots, installed or not; no GPU."""
     paths = [str(path) for path in (*first, *(ROOT / root for root in SOURCE_ROOTS))]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}

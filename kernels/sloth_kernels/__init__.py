@@ -1,1 +1,1 @@
-"""Fused Triton kernels, each with its plain-PyTorch reference in the same file. `plugin.py` offers them to the core."""
+"""Fused Triton kernels, each beside its plain-PyTorch reference; `plugin.py` offers them to the core."""

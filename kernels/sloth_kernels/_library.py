@@ -24,7 +24,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Absent:
-        """Stands in for triton and triton.language so that the op files can be imported for their references."""
+        """Stands in for triton and triton.language, so that op files can be imported for their references."""
 
         def jit(self, function: Callable[..., Any] | None = None, **_: Any) -> Any:
             return function if function is not None else (lambda f: f)
@@ -61,7 +61,7 @@ def triton_unavailable() -> str | None:
 
 
 def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `sloth::<schema>`, with the Triton launch for CUDA (and for CPU under the interpreter) and its fake.
+    """Define `sloth::<schema>`: the Triton launch for CUDA (and CPU under the interpreter), and its fake.
 
     `fake` gets the same arguments and returns empty tensors of the right shapes, dtypes and strides.
     """
@@ -81,14 +81,14 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
 
 
 def wants_graph() -> bool:
-    """Whether a running backward must itself be differentiable (`create_graph=True`), which the kernels are not."""
+    """Whether a running backward must itself be differentiable (`create_graph=True`); the kernels aren't."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def differentiable_gradients(
     reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
-    """Gradients of `reference(*inputs)` for the incoming `grads`, one an input, that can be differentiated again.
+    """Gradients of `reference(*inputs)` for the incoming `grads`, that can be differentiated again.
 
     The way of every backward here under `create_graph=True`: slower, and right to any order.
     """

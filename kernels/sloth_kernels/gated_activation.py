@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-# Two 16-byte loads (bf16) of each input a thread; one where the forward has little arithmetic to hide (1 % on an H200).
+# Two 16-byte loads (bf16) of each input a thread; one in a forward with little arithmetic (1 % on an H200).
 ELEMENTS_PER_THREAD = 16
 LIGHT_FORWARD_ELEMENTS_PER_THREAD = 8
 

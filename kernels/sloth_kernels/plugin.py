@@ -1,4 +1,4 @@
-"""Offers this package's kernels to the core: for each op the Triton kernel, and its PyTorch reference as the path without one."""
+"""Offers this package's kernels: for each op the Triton kernel, and its PyTorch reference without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_WIDTH = 16_384
 
 
 def gated_mlp(gate: torch.Tensor, up: torch.Tensor | None, *, activation: str) -> torch.Tensor:
-    """act(gate) * up; with up None, gate is the output of a fused projection, [gate | up]. Shapes and dtypes: see gated_activation."""
+    """act(gate) * up; with up None, gate is [gate | up] of a fused projection. See gated_activation."""
     if up is None:
         return gated_activation.gated_activation_packed(gate, activation=activation)
     return gated_activation.gated_activation(gate, up, activation=activation)

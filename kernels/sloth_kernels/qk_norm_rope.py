@@ -435,7 +435,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         k_sum2 = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_HALF), tl.float32)
         k_sum_rest = tl.zeros((BLOCK_T * BLOCK_HK, BLOCK_REST), tl.float32)
     if PREFETCH:
-        # A loop of few programs hides nothing by itself: the next tile's loads go out before this tile is used.
+        # A loop of few programs hides nothing by itself: the next tile's loads go out before this one's use.
         q_raw, gq_raw, k_raw, gk_raw = _load_tiles(
             q_ptr,
             gq_ptr,

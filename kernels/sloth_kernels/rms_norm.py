@@ -245,7 +245,7 @@ def sum_partials_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """first[n] = sum over p of partial[0, p, n], second of partial[1]; in a fixed order, float32, rounded once."""
+    """first[n] = sum over p of partial[0, p, n], second of partial[1]; fixed order, float32, one rounding."""
     which = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -347,10 +347,11 @@ class Tile:
 
 
 def row_tile(rows: int, width: int, *, tile_elements: int = 2048, per_thread: int = 16) -> Tile:
-    """One tile a program: 2,048 elements or one row, 16 elements a thread (two 16-byte loads in flight in bf16).
+    """One tile a program: 2,048 elements or one row, 16 a thread (two 16-byte loads in flight in bf16).
 
-    At N = 4096 that is one row and eight warps. Measured on an H200 in bf16, forward: 32 elements a thread cost 1 %
-    at N = 4096 and, in tiles of 4,096 elements, 3 % at N = 128; LayerNorm, with its two sums, wants them.
+    At N = 4096 that is one row and eight warps. Measured on an H200 in bf16, forward: 32 elements a thread
+    cost 1 % at N = 4096 and, in tiles of 4,096 elements, 3 % at N = 128; LayerNorm, with its two sums, wants
+    them.
     """
     block_n = next_power_of_2(width)
     # No taller than the work, so that a decoding step with a handful of rows does not idle in masked lanes.
@@ -378,9 +379,10 @@ def persistent_tile(rows: int, width: int, device: torch.device) -> Tile:
 def sum_partials(
     partial: torch.Tensor, dtypes: Sequence[torch.dtype | None], like: torch.Tensor
 ) -> list[torch.Tensor]:
-    """One gradient (N,) for each of `dtypes`, in its dtype: the k-th of those present sums partial[k] over programs.
+    """One gradient (N,) for each of `dtypes`: the k-th of those present sums partial[k] over programs.
 
-    partial is (K, programs, N) float32 with K 1 or 2, summed in one launch. A dtype of None gives no elements.
+    partial is (K, programs, N) float32 with K 1 or 2, summed in one launch. A dtype of None gives no
+    elements.
     """
     kinds, programs, width = partial.shape
     summed = [torch.empty(width, dtype=dtype, device=partial.device) for dtype in dtypes if dtype is not None]

@@ -52,7 +52,7 @@ def load_raw_pairs(  # type: ignore[no-untyped-def]
     INTERLEAVED: tl.constexpr,
     POLICY: tl.constexpr,
 ):
-    """Both members of each pair as they are stored, 0 where masked; `rows` (n, 1): element offsets of the rows."""
+    """Both members of each pair as stored, 0 where masked; `rows` (n, 1): element offsets of the rows."""
     if INTERLEAVED:
         # Whole rows are loaded and split in registers: loads of every second element would not be vectorised.
         columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]

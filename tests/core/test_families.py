@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-
-import sloth_plugins as sloth
 from helpers import (
     FAMILIES,
     batch,
@@ -20,6 +18,8 @@ from helpers import (
     tiny_model,
     train,
 )
+
+import sloth_plugins as sloth
 
 # Pattern of module names -> op; * stands for every layer.
 ROPE = {"model.layers.*.self_attn": "rope"}
@@ -59,6 +59,9 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
     "bert": BERT,
 }
 ATTENTION = "its three linear layers have one width, but it is no gated MLP"
+# The references are eager's own operations, in nearly eager's order. A kernel's sums have another one, and
+# AdamW's first steps turn the rounding of a gradient near zero into a whole step.
+TOLERANCE = {"cpu": 2e-6, "cuda": 2e-5}
 NO_ROPE = "this layer applies no rotary embedding"
 EXPERTS = "experts stored as stacked 3-D weights: left to the model's own mixture-of-experts code"
 # (module, op) -> reason, of what is left alone, and never more than that.
@@ -77,9 +80,7 @@ def expected(family: str) -> dict[str, str]:
         for pattern, op in PATCHED[family].items()
         for layer in range(layers)
     }
-    return {
-        name: op for name, op in table.items() if (name, op) not in LEFT_ALONE.get(family, {})
-    }
+    return {name: op for name, op in table.items() if (name, op) not in LEFT_ALONE.get(family, {})}
 
 
 def test_every_family_is_in_the_table() -> None:
@@ -103,7 +104,9 @@ def test_exactly_these_modules_are_patched(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_the_same_and_undo_is_exact(family: str, device: torch.device) -> None:
-    model = tiny_model(family).to(device).train()
+    # On a GPU the backward of fused attention adds up in an order that differs from run to run.
+    attention = {"attn_implementation": "eager"} if device.type == "cuda" else {}
+    model = tiny_model(family, **attention).to(device).train()
     ids = batch(model)
     loss, gradients = loss_and_gradients(model, ids)
 
@@ -113,9 +116,11 @@ def test_training_is_the_same_and_undo_is_exact(family: str, device: torch.devic
     torch.testing.assert_close(patched_loss, loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         error = torch.linalg.vector_norm(patched_gradients[name] - gradient)
-        # A gradient that is zero in exact arithmetic (a key's bias) is rounding alone, so it is held to the largest one.
-        scale = max(torch.linalg.vector_norm(gradient).item(), 1e-2 * max(g.norm().item() for g in gradients.values()))
-        assert error <= 2e-6 * scale, (name, error, scale)
+        # A gradient that is exactly zero in theory (a key's bias) is rounding alone, of the largest's scale.
+        scale = max(
+            torch.linalg.vector_norm(gradient).item(), 1e-2 * max(g.norm().item() for g in gradients.values())
+        )
+        assert error <= TOLERANCE[device.type] * scale, (name, error, scale)
 
     acceleration.undo()
     assert not forwards(model)
@@ -132,7 +137,7 @@ def test_three_optimizer_steps_agree(family: str, device: torch.device) -> None:
         if patched:
             assert sloth.accelerate(model).report.patched
         losses.append(train(model, steps=3))
-    assert relative_difference(losses[1], losses[0]) <= 1e-6
+    assert relative_difference(losses[1], losses[0]) <= TOLERANCE[device.type]
     assert len(set(losses[0])) == 3  # it does train
 
 

@@ -1,4 +1,4 @@
-"""The hooks: each is documented with an example that runs, each does what it says, and a wrong plugin is told so."""
+"""The hooks: each is documented with an example that runs and does what it says; wrong plugins are told."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from typing import Any
 import pluggy
 import pytest
 import torch
+from helpers import (
+    ROOT,
+    forwards,
+    make_plugin,
+    manager_with,
+    patched_ops,
+    python_environment,
+    reasons,
+    tiny_model,
+)
 from torch import nn
 
 import sloth_plugins as sloth
-from helpers import ROOT, forwards, make_plugin, manager_with, patched_ops, python_environment, reasons, tiny_model
 from sloth_plugins import hookspecs, manager
 from sloth_plugins.manager import BUILT_INS, Manager
 from sloth_plugins.specs import KernelSpec, Patch, Site, Skip, Survey
@@ -63,7 +72,11 @@ def patch_of(module: str, forward: Callable[..., Any] | None = None, op: str = "
 
     chosen = forward or same
     return Patch(
-        module=module, op=op, kernel=kernel(op=("rms_norm")), forwards={module: chosen}, signature=(module, op)
+        module=module,
+        op=op,
+        kernel=kernel(op=("rms_norm")),
+        forwards={module: chosen},
+        signature=(module, op),
     )
 
 
@@ -110,13 +123,19 @@ def test_examples_of_the_documentation_run(name: str) -> None:
         assert own.plan_quantization(model, sloth.Settings(), 1.1) == {"default_bits": 4, "lm_head": 8}
     assert set(answered) == {name}
     evidence = {
-        "sloth_register_kernels": lambda r: {row.kernel for row in r.patched if row.op == "layer_norm"} == {"example.layer_norm"},
+        "sloth_register_kernels": lambda r: (
+            {row.kernel for row in r.patched if row.op == "layer_norm"} == {"example.layer_norm"}
+        ),
         "sloth_survey_model": lambda r: r.sites["example.embedding"] == 1,
-        "sloth_choose_kernel": lambda r: {row.kernel for row in r.patched if row.op == "rms_norm"} == {"sloth.torch.rms_norm"},
+        "sloth_choose_kernel": lambda r: (
+            {row.kernel for row in r.patched if row.op == "rms_norm"} == {"sloth.torch.rms_norm"}
+        ),
         "sloth_plan_patches": lambda r: patched_ops(r)["lm_head"] == "example.head",
         "sloth_plan_quantization": lambda r: True,
         "sloth_plan_checkpointing": lambda r: r.checkpointing["chosen"] == "every layer recomputed",
-        "sloth_check_plan": lambda r: patched_ops(r).keys() & {"model.layers.0.mlp", "model.layers.1.mlp"} == {"model.layers.1.mlp"},
+        "sloth_check_plan": lambda r: (
+            patched_ops(r).keys() & {"model.layers.0.mlp", "model.layers.1.mlp"} == {"model.layers.1.mlp"}
+        ),
         "sloth_patched": lambda r: any("sites are watched" in note for note in r.notes),
         "sloth_restored": lambda r: example.__dict__["RESTORED"] == [r.seconds],
     }
@@ -149,7 +168,9 @@ def exercise_sloth_survey_model(calls: Calls) -> None:
 
 
 def exercise_sloth_choose_kernel(calls: Calls) -> None:
-    def choose(site: Site, op: str, kernels: Sequence[KernelSpec], device: Any, dtype: Any, settings: Any) -> Any:
+    def choose(
+        site: Site, op: str, kernels: Sequence[KernelSpec], device: Any, dtype: Any, settings: Any
+    ) -> Any:
         assert device.type == "cpu" and dtype == torch.float32
         assert {k.op for k in kernels} == {op}
         return kernels[-1] if site.module == NORM else None
@@ -158,7 +179,9 @@ def exercise_sloth_choose_kernel(calls: Calls) -> None:
         kernels=make_plugin(sloth_register_kernels=lambda: [kernel("test.a"), kernel("test.b")]),
         third=calls.plugin(sloth_choose_kernel=choose),
     )
-    rows = {row.module: row.kernel for row in sloth.accelerate(tiny_model("llama"), manager=own).report.patched}
+    rows = {
+        row.module: row.kernel for row in sloth.accelerate(tiny_model("llama"), manager=own).report.patched
+    }
     assert rows[NORM] == "sloth.torch.rms_norm"
     assert rows["model.layers.0.input_layernorm"] == "test.a"
 
@@ -250,7 +273,9 @@ def exercise_sloth_restored(calls: Calls) -> None:
 
 
 EXERCISES = {
-    name.removeprefix("exercise_"): function for name, function in globals().items() if name.startswith("exercise_")
+    name.removeprefix("exercise_"): function
+    for name, function in globals().items()
+    if name.startswith("exercise_")
 }
 
 
@@ -335,7 +360,8 @@ def test_where_one_of_three_fused_modules_is_taken_the_others_are_patched_apart(
 
 def test_two_third_parties_that_claim_one_module_are_a_conflict_that_names_both() -> None:
     own = manager_with(
-        one=make_plugin(sloth_plan_patches=planner(NORM)), two=make_plugin(sloth_plan_patches=planner("lm_head", NORM))
+        one=make_plugin(sloth_plan_patches=planner(NORM)),
+        two=make_plugin(sloth_plan_patches=planner("lm_head", NORM)),
     )
     model = tiny_model("llama")
     with pytest.raises(sloth.ConflictError) as caught:
@@ -359,13 +385,17 @@ def test_a_third_partys_patch_is_verified_by_replay(case: str) -> None:
             raise RuntimeError("no such instruction")
         if case == "wrong":
             return type(self).forward(self, x) * 1.01
-        return type(self).forward(self, x) + 0 * self.weight.sum() + (self.weight - self.weight.detach()) * 0.5
+        return (
+            type(self).forward(self, x) + 0 * self.weight.sum() + (self.weight - self.weight.detach()) * 0.5
+        )
 
     own = manager_with(third=make_plugin(sloth_plan_patches=planner(NORM, forward=forward)))
     with pytest.warns(UserWarning, match="sites are left to the model's own code"):
         report = sloth.accelerate(tiny_model("llama"), manager=own).report
     assert NORM not in patched_ops(report)
-    text = {"wrong": "output 0: ", "raises": "RuntimeError: no such instruction"}.get(case, "gradient of weight: ")
+    text = {"wrong": "output 0: ", "raises": "RuntimeError: no such instruction"}.get(
+        case, "gradient of weight: "
+    )
     assert text in reasons(report)[NORM, "test.op"]
 
 
@@ -378,7 +408,7 @@ def test_an_unknown_hook_or_argument_is_an_error_and_no_later_plugins_problem() 
         make_plugin(sloth_register_kernel=lambda: []),
         make_plugin(sloth_plan_patches=lambda model, contexts: []),
     ):
-        with pytest.raises(pluggy.PluginValidationError, match="sloth_register_kernel|contexts"):
+        with pytest.raises(pluggy.PluginValidationError, match=r"sloth_register_kernel|contexts"):
             own.register(wrong, name="wrong")
         assert "wrong" not in own.names()
     own.register(make_plugin(sloth_register_kernels=lambda: [kernel()]), name="right")
@@ -418,7 +448,9 @@ def test_a_choice_that_was_not_offered_is_refused() -> None:
 def test_none_is_no_answer() -> None:
     own = manager_with(silent=make_plugin(**{name: lambda: None for name in HOOKS}))
     report = sloth.accelerate(tiny_model("llama"), manager=own, strict=True).report
-    assert len(report.patched) == len(sloth.accelerate(tiny_model("llama"), manager=manager_with()).report.patched)
+    assert len(report.patched) == len(
+        sloth.accelerate(tiny_model("llama"), manager=manager_with()).report.patched
+    )
 
 
 def test_a_kernel_name_that_is_registered_twice_is_an_error() -> None:
@@ -433,7 +465,9 @@ def test_a_kernel_name_that_is_registered_twice_is_an_error() -> None:
 def with_entry_points(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     """The environment of a Python in which distributions offer these plugins."""
     found = [EntryPoint(name=name, value=value, group="sloth_plugins") for name, value in values.items()]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group)
+    )
 
 
 @pytest.fixture
@@ -443,7 +477,9 @@ def example(monkeypatch: pytest.MonkeyPatch) -> str:
     return "sloth_example_plugin"
 
 
-def test_a_plugin_that_fails_to_import_is_a_warning_and_a_note(monkeypatch: pytest.MonkeyPatch, example: str) -> None:
+def test_a_plugin_that_fails_to_import_is_a_warning_and_a_note(
+    monkeypatch: pytest.MonkeyPatch, example: str
+) -> None:
     with_entry_points(monkeypatch, broken="no_such_module_anywhere", example=example)
     with pytest.warns(UserWarning, match=r"'broken' \(no_such_module_anywhere\) was not loaded"):
         own = Manager()
@@ -464,7 +500,9 @@ def test_disabled_plugins_are_not_loaded(monkeypatch: pytest.MonkeyPatch, exampl
     assert reasons(report)[NORM, "rms_norm"] == "no plugin offers a kernel for rms_norm"
 
 
-def test_tracing_prints_every_call_of_a_hook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tracing_prints_every_call_of_a_hook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_model("llama")
     sloth.accelerate(model, manager=manager_with()).undo()
     assert "sloth_" not in capsys.readouterr().err
@@ -496,8 +534,8 @@ def test_the_example_plugin_passes_the_gate(example: str, device: torch.device) 
 ACCELERATED = """
 import json, torch, transformers, sloth_plugins as sloth
 torch.manual_seed(0)
-config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
-model = transformers.LlamaForCausalLM(config)
+sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 acceleration = sloth.accelerate(model, disable=["add_rms_norm"])
 model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
 report = acceleration.report.to_dict()
@@ -521,7 +559,9 @@ def test_an_installed_plugin_is_found_chosen_verified_and_shown(tmp_path: Path) 
     def run(**variables: str) -> dict[str, Any]:
         environment = python_environment(target) | variables
         code = [sys.executable, "-c", ACCELERATED]
-        done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            code, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
@@ -533,4 +573,6 @@ def test_an_installed_plugin_is_found_chosen_verified_and_shown(tmp_path: Path) 
     assert all(0 < row["max_rel_error"] <= 1.5 * row["eager_rel_error"] + 1e-6 for row in norms)
     assert "example.rms_norm" in report["text"]
     without = run(SLOTH_DISABLED_PLUGINS="example")
-    assert {row["kernel"] for row in without["patched"] if row["op"] == "rms_norm"} == {"sloth.torch.rms_norm"}
+    assert {row["kernel"] for row in without["patched"] if row["op"] == "rms_norm"} == {
+        "sloth.torch.rms_norm"
+    }

@@ -1,4 +1,4 @@
-"""Settings: every value is checked when it is given, and the message says what was wrong and what is allowed."""
+"""Settings: every value is checked when it is given; the message says what was wrong and what is allowed."""
 
 import dataclasses
 import json
@@ -27,8 +27,19 @@ GOOD: dict[str, tuple[Any, ...]] = {
 }
 # Field -> bad values, and what the message must hold beside the field's name and the value.
 BAD: dict[str, tuple[tuple[Any, str], ...]] = {
-    "kernels": (("trition", "Did you mean 'triton'?"), ("", "'auto'"), (None, "'off'"), (True, "'torch'"), (["auto"], "'auto'")),
-    "checkpointing": (("recomputed", "Did you mean 'recompute'?"), (None, "'auto'"), (True, "apply(model)"), (1, "'off'")),
+    "kernels": (
+        ("trition", "Did you mean 'triton'?"),
+        ("", "'auto'"),
+        (None, "'off'"),
+        (True, "'torch'"),
+        (["auto"], "'auto'"),
+    ),
+    "checkpointing": (
+        ("recomputed", "Did you mean 'recompute'?"),
+        (None, "'auto'"),
+        (True, "apply(model)"),
+        (1, "'off'"),
+    ),
     "memory_budget_bytes": (
         (0, "positive"),
         (-1, "positive"),
@@ -44,7 +55,13 @@ BAD: dict[str, tuple[tuple[Any, str], ...]] = {
     "verify": ((1, "True and False"), ("yes", "True and False"), (None, "True and False")),
     "strict": ((0, "True and False"), ("true", "True and False")),
     "head_loss": (("automatic", "'auto'"), (False, "'off'")),
-    "disable": (("rms_norms", "Did you mean 'rms_norm'?"), (["rope", "conv"], "gated_mlp"), ([1], "rope"), (None, "rope"), (3, "rope")),
+    "disable": (
+        ("rms_norms", "Did you mean 'rms_norm'?"),
+        (["rope", "conv"], "gated_mlp"),
+        ([1], "rope"),
+        (None, "rope"),
+        (3, "rope"),
+    ),
 }
 
 
@@ -53,7 +70,9 @@ def test_every_field_is_tested() -> None:
     assert fields == GOOD.keys() == BAD.keys()
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in GOOD.items() for value in values]
+)
 def test_good_values_are_taken(name: str, value: Any) -> None:
     settings = Settings(**{name: value})
     assert json.loads(json.dumps(settings.to_dict()))[name] is not None or value is None
@@ -91,7 +110,10 @@ def test_sizes(text: Any, size: int) -> None:
     assert Settings(memory_budget_bytes=text).memory_budget_bytes == size
 
 
-@pytest.mark.parametrize(("key", "nearest"), [("kernel", "kernels"), ("memory_budget", "memory_budget_bytes"), ("disabled", "disable")])
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("kernel", "kernels"), ("memory_budget", "memory_budget_bytes"), ("disabled", "disable")],
+)
 def test_unknown_keys_are_refused_with_the_nearest_name(key: str, nearest: str) -> None:
     for make in (
         lambda: Settings.from_mapping({key: 1}, "sloth: in config.yml"),

@@ -10,12 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    batch,
+    forwards,
+    loss_and_gradients,
+    make_plugin,
+    manager_with,
+    no_sloth_warnings,
+    patched_ops,
+    reasons,
+    tiny_model,
+)
 from torch import nn
 
 import sloth_plugins as sloth
-from helpers import forwards, no_sloth_warnings, patched_ops, reasons, tiny_model
 from sloth_plugins.settings import Settings
-from sloth_plugins.specs import Survey
+from sloth_plugins.specs import KernelSpec, Survey
 from sloth_plugins.survey import sloth_survey_model
 
 
@@ -44,7 +54,15 @@ def left_alone(module: nn.Module) -> str:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int = 24, *, offset: float = 0.0, early: bool = False, weight: bool = True, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        width: int = 24,
+        *,
+        offset: float = 0.0,
+        early: bool = False,
+        weight: bool = True,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.rand(width) + 1 - offset) if weight else None
         self.offset, self.early, self.variance_epsilon, self.normalized_shape = offset, early, eps, (width,)
@@ -196,7 +214,15 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 
 class MLP(nn.Module):
-    def __init__(self, act: Any = F.silu, *, narrow: int = 16, wide: int = 24, bias: bool = False, names: str = "gate up down") -> None:
+    def __init__(
+        self,
+        act: Any = F.silu,
+        *,
+        narrow: int = 16,
+        wide: int = 24,
+        bias: bool = False,
+        names: str = "gate up down",
+    ) -> None:
         super().__init__()
         self.names, self.act = names.split(), act
         gate, up, down = self.names
@@ -263,7 +289,7 @@ class NestedDropout(MLP):
 
 class Clamped(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act(self.gate(x)).clamp(max=7.0) * self.up(x))
+        return self.down(self.act(self.gate(x)).clamp(max=50.0) * self.up(x))
 
 
 class Scaled(MLP):
@@ -411,7 +437,9 @@ class Attention(nn.Module):
         self.o, self.head_dim = nn.Linear(16, 16), 8
 
     def angles(self, x: torch.Tensor) -> Any:
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] / 10 ** torch.arange(self.rotary_width, device=x.device)
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] / 10 ** torch.arange(
+            self.rotary_width, device=x.device
+        )
         return angles.cos()[None], angles.sin()[None]
 
     def project(self, x: torch.Tensor) -> Any:
@@ -520,6 +548,35 @@ def test_rotary_helpers(attention: type[nn.Module], layout: str, unsqueeze_dim: 
     assert torch.equal(model(ids), want)
 
 
+class KFirst(Half):
+    """Norms of q and k, defined as q and k, but called as k and q."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = RMSNorm(8), RMSNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x)
+        k = self.k_norm(k)
+        q = self.q_norm(q)
+        return self.attend(*half_rotary(q, k, *self.angles(x)), v)
+
+
+def test_norms_called_in_another_order_are_not_exchanged() -> None:
+    model = Model(KFirst()).requires_grad_(False)
+    for norm in (model.block.q_norm, model.block.k_norm):
+        norm.weight.fill_(1.0)  # as in a new model: no output tells which norm was used
+    model.embedding.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="qk_norm_rope"):
+        acceleration = sloth.accelerate(model)
+    assert set(patched_ops(acceleration.report).values()) == {"rope", "rms_norm"}
+    model.block.q_norm.weight.mul_(3)
+    ids = torch.arange(12).view(2, 6)
+    got = model(ids)
+    acceleration.undo()
+    torch.testing.assert_close(got, model(ids))
+
+
 @pytest.mark.parametrize("attention", [Backward, OnlyQ])
 def test_another_rotation_is_no_candidate(attention: type[nn.Module]) -> None:
     found = survey(nn.Sequential(attention()))
@@ -561,7 +618,9 @@ def snapshot(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_of_the_model_or_the_process_is_touched(training: bool) -> None:
-    model = nn.Sequential(tiny_model("qwen3"), MLP(), DropoutInside(), NestedDropout(), RMSNorm(), PickyNorm())
+    model = nn.Sequential(
+        tiny_model("qwen3"), MLP(), DropoutInside(), NestedDropout(), RMSNorm(), PickyNorm()
+    )
     model.train(training)
     model[1].eval()
     model[0].get_input_embeddings().weight.grad = torch.ones(104, 32)
@@ -575,7 +634,9 @@ def test_nothing_of_the_model_or_the_process_is_touched(training: bool) -> None:
         sloth.accelerate(model).undo()
     after = snapshot(model)
     assert [row[:3] for row in after] == [row[:3] for row in before]
-    assert all(torch.equal(torch.as_tensor(a[3]), torch.as_tensor(b[3])) for a, b in zip(after, before, strict=True))
+    assert all(
+        torch.equal(torch.as_tensor(a[3]), torch.as_tensor(b[3])) for a, b in zip(after, before, strict=True)
+    )
     assert flags == [module.training for module in model.modules()]
     assert attributes == [set(vars(module)) for module in model.modules()]
     assert torch.equal(random_state, torch.get_rng_state())
@@ -598,9 +659,6 @@ def test_the_callers_context_does_not_matter() -> None:
 
 
 def test_a_wrong_gradient_is_found_under_inference_mode() -> None:
-    from helpers import make_plugin, manager_with
-    from sloth_plugins.specs import KernelSpec
-
     def no_gradient(x: Any, weight: Any, **options: Any) -> Any:
         return reference(x.detach(), weight, **options)
 
@@ -614,8 +672,9 @@ def test_a_wrong_gradient_is_found_under_inference_mode() -> None:
         device_types=frozenset({"cpu"}),
     )
     own = manager_with(third=make_plugin(sloth_register_kernels=lambda: [spec]))
+    model = nn.Sequential(RMSNorm())
     with torch.inference_mode(), pytest.warns(UserWarning, match="gradient of x"):
-        report = sloth.accelerate(nn.Sequential(RMSNorm()), manager=own).report
+        report = sloth.accelerate(model, manager=own).report
     assert not report.patched
 
 
@@ -623,7 +682,12 @@ def test_the_meta_device() -> None:
     with torch.device("meta"):
         meta = tiny_model_on_meta()
     report = sloth.plan(meta)
-    assert report.planned and {row.op for row in report.patched} == {"qk_norm_rope", "rms_norm", "gated_mlp", "add_rms_norm"}
+    assert report.planned and {row.op for row in report.patched} == {
+        "qk_norm_rope",
+        "rms_norm",
+        "gated_mlp",
+        "add_rms_norm",
+    }
     assert "would patch" in str(report) and not forwards(meta)
     assert {row.max_rel_error for row in report.patched} == {None}
     with pytest.raises(ValueError, match=r"meta device.*plan\(model\)"):
@@ -639,7 +703,7 @@ def tiny_model_on_meta() -> nn.Module:
 def test_plan_and_accelerate_agree_and_plan_changes_nothing() -> None:
     for family in ("llama", "qwen3", "gemma3_text", "phi3"):
         model = tiny_model(family)
-        planned = patched_ops(sloth.plan(model).patched and sloth.plan(model))
+        planned = patched_ops(sloth.plan(model))
         assert not forwards(model)
         assert planned == patched_ops(sloth.accelerate(model).report)
 
@@ -655,9 +719,7 @@ def lora(model: nn.Module, **options: Any) -> Any:
 
 
 def test_it_sees_through_lora_and_modules_to_save() -> None:
-    from helpers import batch, loss_and_gradients
-
-    model = lora(tiny_model("qwen3"), modules_to_save=["norm"])
+    model = lora(tiny_model("qwen3"), modules_to_save=["model.norm"])
     ids = batch(model)
     loss, gradients = loss_and_gradients(model, ids)
     with no_sloth_warnings():
@@ -671,7 +733,9 @@ def test_it_sees_through_lora_and_modules_to_save() -> None:
     }
     patched_loss, patched_gradients = loss_and_gradients(model, ids)
     torch.testing.assert_close(patched_loss, loss, rtol=1e-6, atol=0)
-    assert patched_gradients.keys() == gradients.keys() and any("modules_to_save" in name for name in gradients)
+    assert patched_gradients.keys() == gradients.keys() and any(
+        "modules_to_save" in name for name in gradients
+    )
     for name, gradient in gradients.items():
         torch.testing.assert_close(patched_gradients[name], gradient, rtol=1e-4, atol=1e-7)
     acceleration.undo()
@@ -734,7 +798,7 @@ def test_a_model_with_candidates_alone_gets_one_warning_that_names_the_first() -
         report = sloth.accelerate(model).report
     assert len(caught) == 1 and "'0': it computes neither RMSNorm" in str(caught[0].message)
     assert reasons(report).keys() == {("0", "norm"), ("1", "gated_mlp")}
-    assert all(reason in str(report).replace("\n", " ") for reason in ("L2Norm" if False else "neither", "act in silu"))
+    assert "neither RMSNorm" in str(report)
 
 
 def test_strict_names_the_first_skipped_site_and_leaves_the_model_as_it_was() -> None:
@@ -773,9 +837,13 @@ def test_disabled_ops_are_left_alone() -> None:
     for op in every:
         report = sloth.accelerate(tiny_model("qwen3"), disable=[op], strict=True).report
         assert op not in patched_ops(report).values()
-        assert op == "qk_norm_rope" or f"switched off by the setting disable={op!r}" in reasons(report).values()
+        assert (
+            op == "qk_norm_rope" or f"switched off by the setting disable={op!r}" in reasons(report).values()
+        )
     apart = patched_ops(sloth.accelerate(tiny_model("qwen3"), disable=["qk_norm_rope"]).report)
-    assert apart["model.layers.0.self_attn"] == "rope" and apart["model.layers.0.self_attn.q_norm"] == "rms_norm"
+    assert (
+        apart["model.layers.0.self_attn"] == "rope" and apart["model.layers.0.self_attn.q_norm"] == "rms_norm"
+    )
     neither = patched_ops(sloth.accelerate(tiny_model("qwen3"), disable=["rope"]).report)
     assert "rope" not in neither.values() and "qk_norm_rope" not in neither.values()
 

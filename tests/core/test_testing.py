@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from helpers import manager_with
+
 from sloth_plugins.settings import OPS
 from sloth_plugins.specs import KernelSpec
 from sloth_plugins.testing import SAMPLES, check_kernel
@@ -133,13 +133,19 @@ def two_outputs(x: Any, weight: Any, **options: Any) -> Any:
     return y, y
 
 
-def without_out_dtype(x: Any, weight: Any, *, eps: float, offset: float = 0.0, cast_before_weight: bool = False) -> Any:
+def without_out_dtype(
+    x: Any, weight: Any, *, eps: float, offset: float = 0.0, cast_before_weight: bool = False
+) -> Any:
     return rms_norm(x, weight, eps=eps, offset=offset, cast_before_weight=cast_before_weight)
 
 
 def swapped_halves(gate: Any, up: Any, *, activation: str) -> Any:
     reference = REFERENCES["gated_mlp"]
-    return reference(gate, up, activation=activation) if up is None else reference(up, gate, activation=activation)
+    return (
+        reference(gate, up, activation=activation)
+        if up is None
+        else reference(up, gate, activation=activation)
+    )
 
 
 def one_gelu(gate: Any, up: Any, *, activation: str) -> Any:
@@ -207,5 +213,7 @@ def test_what_cannot_be_checked_is_a_value_error() -> None:
         check_kernel(spec_of(rms_norm, op="mine.conv"))
     with pytest.raises(ValueError, match="no driver today"):
         check_kernel(spec_of(rms_norm, unavailable=lambda: "no driver today"))
+    with pytest.raises(ValueError, match="is to be checked in none"):
+        check_kernel(spec_of(rms_norm), dtypes=[])
     with pytest.raises(ValueError, match="device='cpu'"):
         check_kernel(dataclasses.replace(spec_of(rms_norm), device_types=frozenset({"cuda"})), device="cpu")

@@ -1,4 +1,6 @@
-"""create_graph=True: the kernels are not differentiable twice, so their backward goes through the references, to any order."""
+"""create_graph=True: the kernels are not differentiable twice, so their backward goes through the references,
+to any order.
+"""
 
 from collections.abc import Callable
 from typing import Any
