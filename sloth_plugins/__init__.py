@@ -17,6 +17,7 @@ from sloth_plugins.settings import Settings
 if TYPE_CHECKING:
     from sloth_plugins.engine import Acceleration, accelerate, plan
     from sloth_plugins.specs import (
+        BadInputError,
         ConflictError,
         KernelSpec,
         NotASite,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Acceleration",
+    "BadInputError",
     "ConflictError",
     "KernelSpec",
     "NotASite",

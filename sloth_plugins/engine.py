@@ -19,6 +19,7 @@ from sloth_plugins.numerics import Comparison
 from sloth_plugins.report import Patched, Report, environment
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import (
+    BadInputError,
     ConflictError,
     KernelSpec,
     NotASite,
@@ -37,7 +38,7 @@ _said: set[str] = set()
 
 
 class Acceleration:
-    """An accelerated model's record: the report, and the way back. A context manager that undoes at its end."""
+    """An accelerated model's record: the report, and the way back; as a context manager it undoes."""
 
     def __init__(self, model: nn.Module, settings: Settings, manager: Manager, report: Report) -> None:
         self._model = weakref.ref(model)
@@ -56,7 +57,9 @@ class Acceleration:
         return self._model()
 
     def undo(self) -> None:
-        """Give every module its own forward back, the same object that it had. Calling it twice does nothing more."""
+        """Give every module its own forward back, the same object that it had. Calling it twice does nothing
+        more.
+        """
         if not self.active:
             return
         self.active = False
@@ -83,13 +86,17 @@ class Acceleration:
             del _ACTIVE[model]
 
     def _intact(self) -> bool:
-        """Whether every patch still sits where it was put (an acceleration of a submodule takes it over, for one)."""
+        """Whether every patch still sits where it was put (an acceleration of a submodule takes it over, for
+        one).
+        """
         return all(module.__dict__.get("forward") is installed for module, _, installed in self._slots)
 
     def __enter__(self) -> Acceleration:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
     def __repr__(self) -> str:
@@ -109,23 +116,29 @@ class Acceleration:
 def accelerate(
     model: nn.Module, settings: Settings | None = None, *, manager: Manager | None = None, **overrides: Any
 ) -> Acceleration:
-    """Patch `model` in place with every kernel that proves itself; before the optimizer is built, after adapters are added.
+    """Patch `model` in place with every kernel that proves itself; before the optimizer is built, after
+    adapters are added.
 
-    `overrides` are fields of Settings. On a model that is already accelerated with equal settings the same Acceleration is
-    returned; with others, or after modules were added or replaced, it is undone and made anew. Raises ValueError for a bad setting or a model on the
-    meta device, SkippedSiteError under strict=True, ConflictError where two plugins claim one module.
+    `overrides` are fields of Settings. On a model that is already accelerated with equal settings the same
+    Acceleration is returned; with others, or after modules were added or replaced, it is undone and made
+    anew. Raises ValueError for a bad setting or a model on the meta device, SkippedSiteError under
+    strict=True, ConflictError where two plugins claim one module.
     """
     chosen = Settings.resolve(settings, overrides, "accelerate()")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model={type(model).__name__}: accelerate() takes a torch.nn.Module")
+        raise BadInputError(f"model={type(model).__name__}: accelerate() takes a torch.nn.Module")
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            "the model is on the meta device, so nothing can be verified or run: load its weights first, or use "
-            "sloth_plugins.plan(model) or `sloth plan MODEL_DIR` to see what would be patched"
+        raise BadInputError(
+            "the model is on the meta device, so nothing can be verified or run: load its weights first, or "
+            "use sloth_plugins.plan(model) or `sloth plan MODEL_DIR` to see what would be patched"
         )
     existing = _ACTIVE.get(model)
     if existing is not None and existing.active:
-        if existing.settings == chosen and existing._fingerprint == _fingerprint(model) and existing._intact():
+        if (
+            existing.settings == chosen
+            and existing._fingerprint == _fingerprint(model)
+            and existing._intact()
+        ):
             return existing
         existing.undo()
     _strip_marks(model)
@@ -144,7 +157,9 @@ def accelerate(
 def plan(
     model: nn.Module, settings: Settings | None = None, *, manager: Manager | None = None, **overrides: Any
 ) -> Report:
-    """What `accelerate` would patch, without changing or verifying anything. The model may be on the meta device."""
+    """What `accelerate` would patch, without changing or verifying anything. The model may be on the meta
+    device.
+    """
     run = _Run(model, Settings.resolve(settings, overrides, "plan()"), manager or default_manager())
     for patch in run.planned():
         run.report.patched.extend(run.rows(patch, None))
@@ -159,7 +174,9 @@ class _Run:
     def __init__(self, model: nn.Module, settings: Settings, manager: Manager) -> None:
         self.started = time.perf_counter()
         self.model, self.settings, self.manager = model, settings, manager
-        self.report = Report(settings=settings.to_dict(), environment=environment(), notes=list(manager.problems))
+        self.report = Report(
+            settings=settings.to_dict(), environment=environment(), notes=list(manager.problems)
+        )
         self.acceleration = Acceleration(model, settings, manager, self.report)
         self.device = _device(model)
         self.verdicts: dict[tuple[Any, ...], tuple[Comparison, ...] | Skip] = {}
@@ -183,12 +200,16 @@ class _Run:
         plans = self.manager.plan(self.model, context)
         self.report.skipped.extend(item for item in plans if isinstance(item, Skip))
         patches = self.without_conflicts([item for item in plans if isinstance(item, Patch)])
-        objections = {(skip.module, skip.op): skip for skip in self.manager.check(self.model, patches, self.settings)}
+        objections = {
+            (skip.module, skip.op): skip for skip in self.manager.check(self.model, patches, self.settings)
+        }
         self.report.skipped.extend(objections.values())
         return [patch for patch in patches if (patch.module, patch.op) not in objections]
 
     def without_conflicts(self, patches: Sequence[Patch]) -> list[Patch]:
-        """One claimant a module: a third party's patch displaces a built-in one; two third parties are an error."""
+        """One claimant a module: a third party's patch displaces a built-in one; two third parties are an
+        error.
+        """
         claimed: dict[str, Patch] = {}
         kept: list[Patch] = []
         waiting = deque(sorted(patches, key=lambda patch: patch.plugin in BUILT_INS))
@@ -202,11 +223,16 @@ class _Run:
             (holder, name), *_ = holders.items()
             if patch.plugin not in BUILT_INS:
                 raise ConflictError(
-                    f"plugins {holder!r} and {patch.plugin!r} both claim {name!r}: switch one of them off with "
-                    f"SLOTH_DISABLED_PLUGINS={holder} or ={patch.plugin}"
+                    f"plugins {holder!r} and {patch.plugin!r} both claim {name!r}: switch one of them off "
+                    f"with SLOTH_DISABLED_PLUGINS={holder} or ={patch.plugin}"
                 )
             self.report.skipped.append(
-                Skip(module=patch.module, op=patch.op, reason=f"plugin {holder!r} patches {name!r}", benign=True)
+                Skip(
+                    module=patch.module,
+                    op=patch.op,
+                    reason=f"plugin {holder!r} patches {name!r}",
+                    benign=True,
+                )
             )
             waiting.extendleft(dataclasses.replace(part, plugin=patch.plugin) for part in patch.otherwise)
         return kept
@@ -215,7 +241,9 @@ class _Run:
         patches = self.planned()
         if not self.settings.verify:
             patches = [part for patch in patches for part in (patch.otherwise or (patch,))]
-            self.report.notes.append("verify=False: no patch was compared with float64 or with the model's own code")
+            self.report.notes.append(
+                "verify=False: no patch was compared with float64 or with the model's own code"
+            )
         accepted: list[tuple[Patch, tuple[Comparison, ...] | None]] = []
         if self.settings.verify:
             with undisturbed(self.model):
@@ -226,7 +254,9 @@ class _Run:
                     verdict = self.verdict(patch)
                     if isinstance(verdict, Skip):
                         self.report.skipped.append(verdict)
-                        waiting.extendleft(dataclasses.replace(part, plugin=patch.plugin) for part in patch.otherwise)
+                        waiting.extendleft(
+                            dataclasses.replace(part, plugin=patch.plugin) for part in patch.otherwise
+                        )
                     else:
                         accepted.append((patch, verdict))
         else:
@@ -252,13 +282,24 @@ class _Run:
         )
 
     def verdict(self, patch: Patch) -> tuple[Comparison, ...] | Skip:
-        """The proof of a patch's signature, run once; and for each instance, that its own small parameters are finite."""
+        """The proof of a patch's signature, run once; and for each instance, that its own small parameters
+        are finite.
+        """
         assert self.trial is not None
-        for name in patch.forwards:  # first: one broken layer must not stand for all the layers of its signature
+        for (
+            name
+        ) in patch.forwards:  # first: one broken layer must not stand for all the layers of its signature
             module = self.model.get_submodule(name)
             for key, p in module._parameters.items():
-                if p is not None and p.dim() <= 1 and p.is_floating_point() and not bool(torch.isfinite(p).all()):
-                    return Skip(module=patch.module, op=patch.op, reason=f"{name}.{key} holds NaN or infinity")
+                if (
+                    p is not None
+                    and p.dim() <= 1
+                    and p.is_floating_point()
+                    and not bool(torch.isfinite(p).all())
+                ):
+                    return Skip(
+                        module=patch.module, op=patch.op, reason=f"{name}.{key} holds NaN or infinity"
+                    )
         if patch.signature not in self.verdicts:
             self.verdicts[patch.signature] = self.prove(patch, self.trial)
         verdict = self.verdicts[patch.signature]
@@ -295,14 +336,18 @@ class _Run:
                 op=patch.op,
                 kernel=patch.kernel.name,
                 max_rel_error=max((c.error for c in comparisons or ()), default=0.0) if measured else None,
-                eager_rel_error=max((c.eager_error for c in comparisons or ()), default=0.0) if measured else None,
+                eager_rel_error=max((c.eager_error for c in comparisons or ()), default=0.0)
+                if measured
+                else None,
                 plugin=patch.plugin,
             )
             for module in patch.forwards
         ]
 
     def checkpointing(self) -> None:
-        """A plugin's plan, or recomputation of every layer where that was asked for; otherwise the trainer's own stays."""
+        """A plugin's plan, or recomputation of every layer where that was asked for; otherwise the trainer's
+        own stays.
+        """
         wanted = self.settings.checkpointing
         chosen = wanted if not isinstance(wanted, str) else None
         if wanted == "auto":
@@ -310,20 +355,24 @@ class _Run:
         if chosen is not None:
             undo = chosen.apply(self.model)
             if not callable(undo):
-                raise ValueError(
-                    f"checkpointing={chosen!r}: its apply(model) returned {undo!r}; allowed is a function that undoes it"
+                raise BadInputError(
+                    f"checkpointing={chosen!r}: its apply(model) returned {undo!r}; allowed is a function "
+                    "that undoes it"
                 )
             self.acceleration._undo.append(undo)
             self.report.checkpointing = {"chosen": str(chosen), "reason": f"checkpointing={wanted!r}"}
             return
         if wanted != "recompute":
-            self.report.checkpointing = {"chosen": "left to the trainer", "reason": f"checkpointing={wanted!r}"}
+            self.report.checkpointing = {
+                "chosen": "left to the trainer",
+                "reason": f"checkpointing={wanted!r}",
+            }
             return
         enable = getattr(self.model, "gradient_checkpointing_enable", None)
         if not callable(enable) or not getattr(self.model, "supports_gradient_checkpointing", True):
-            raise ValueError(
-                f"checkpointing='recompute': {type(self.model).__name__} has no gradient_checkpointing_enable(); "
-                "allowed for it are 'auto' and 'off'"
+            raise BadInputError(
+                f"checkpointing='recompute': {type(self.model).__name__} has no "
+                "gradient_checkpointing_enable(); allowed for it are 'auto' and 'off'"
             )
         before = bool(getattr(self.model, "is_gradient_checkpointing", False))
         if not before:
@@ -343,11 +392,17 @@ class _Run:
         real = [skip for skip in self.report.skipped if not skip.benign]
         if self.settings.strict and real:
             skip = real[0]
-            raise SkippedSiteError(f"strict=True and {skip.module!r} is left alone ({skip.op}): {skip.reason}")
+            raise SkippedSiteError(
+                f"strict=True and {skip.module!r} is left alone ({skip.op}): {skip.reason}"
+            )
         if self.report.planned or self.settings.kernels == "off":
             return
         if not self.report.patched:
-            why = f"the first candidate, {real[0].module!r}: {real[0].reason}" if real else "no known site was found"
+            why = (
+                f"the first candidate, {real[0].module!r}: {real[0].reason}"
+                if real
+                else "no known site was found"
+            )
             _warn(f"nothing to patch in {type(self.model).__name__} ({why}); training goes on as it was")
         elif real:
             reasons = Counter(f"{skip.op}: {skip.reason}" for skip in real)
@@ -361,7 +416,9 @@ class _Run:
         if reason is None and (self.device.type == "cuda" or self.settings.kernels == "triton"):
             return  # where Triton was asked for, each site that it can't serve says so itself
         reason = reason or f"the model is on {self.device.type}"
-        instead = "nothing is patched" if self.settings.kernels == "triton" else "the PyTorch references are used"
+        instead = (
+            "nothing is patched" if self.settings.kernels == "triton" else "the PyTorch references are used"
+        )
         self.report.notes.append(f"no Triton kernels ({reason}): {instead}")
         if self.device.type == "cuda" and reason not in _said:
             _said.add(reason)
@@ -369,7 +426,9 @@ class _Run:
 
 
 def activation_dtype(model: nn.Module, site: Site) -> torch.dtype:
-    """The dtype of a site's activations, read from its parameters: the compute dtype of a quantized linear, not its storage."""
+    """The dtype of a site's activations, read from its parameters: the compute dtype of a quantized linear,
+    not its storage.
+    """
     module = model.get_submodule(site.module)
     for child in module.modules():
         if linear_widths(child) is None and child is not module:
@@ -393,14 +452,16 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when a module is added, removed or replaced, or a parameter is frozen, unfrozen, moved or cast."""
+    """Changes when a module is added, removed or replaced, or a parameter frozen, unfrozen, moved or cast."""
     return tuple((name, id(module)) for name, module in model.named_modules()) + tuple(
         (p.requires_grad, p.dtype, p.device) for p in model.parameters()
     )
 
 
 def _strip_marks(model: nn.Module) -> None:
-    """Remove our forwards from a deep copy of an accelerated model, or from one that was accelerated under another root."""
+    """Remove our forwards from a deep copy of an accelerated model, or from one that was accelerated under
+    another root.
+    """
     for module in model.modules():
         if is_ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]

@@ -62,14 +62,14 @@ def sloth_plan_quantization(model: nn.Module | str, settings: Settings, budget: 
 
 @hookspec(firstresult=True)
 def sloth_plan_checkpointing(model: nn.Module, settings: Settings) -> Any | None:
-    """Plan what is kept, offloaded and recomputed: an object whose `apply(model)` returns an undo function."""
+    """Plan what is kept, offloaded and recomputed: an object whose `apply(model)` gives an undo function."""
 
 
 @hookspec
 def sloth_check_plan(  # type: ignore[empty-body]
     model: nn.Module, patches: Sequence[Patch], settings: Settings
 ) -> Sequence[Skip]:
-    """Object to planned patches: each Skip returned drops the patches of that module and op, with its reason."""
+    """Object to planned patches: each Skip drops the patches of that module and op, with its reason."""
 
 
 @hookspec

@@ -1,7 +1,7 @@
 """A typed face over pluggy: which plugins there are, and one method for each hook.
 
-Environment: SLOTH_DISABLED_PLUGINS, names separated by commas, are not loaded; SLOTH_TRACE_PLUGINS=1 prints every hook
-call to stderr.
+Environment: SLOTH_DISABLED_PLUGINS, names separated by commas, are not loaded; SLOTH_TRACE_PLUGINS=1 prints
+every hook call to stderr.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ if TYPE_CHECKING:
     from sloth_plugins.settings import Settings
     from sloth_plugins.survey import PlanContext
 
-BUILT_INS = {"sloth_survey": "sloth_plugins.survey", "sloth_patches": "sloth_plugins.patches", "sloth_kernels": "sloth_kernels.plugin"}
+BUILT_INS = {
+    "sloth_survey": "sloth_plugins.survey",
+    "sloth_patches": "sloth_plugins.patches",
+    "sloth_kernels": "sloth_kernels.plugin",
+}
 
 
 class Manager:
-    """The plugins of one process, or of one test. Built-ins first, then the entry points of group `sloth_plugins`."""
+    """The plugins of one process, or of one test. Built-ins first, then the entry points of group
+    `sloth_plugins`.
+    """
 
     def __init__(self, *, entry_points: bool = True) -> None:
         self.pluggy = pluggy.PluginManager(PROJECT)
@@ -50,7 +56,9 @@ class Manager:
             self.pluggy.enable_tracing()
 
     def _load_entry_points(self) -> None:
-        """Each on its own: a plugin that can't be imported is a warning and a line in the report, not the end of the run."""
+        """Each on its own: a plugin that can't be imported is a warning and a line in the report, not the end
+        of the run.
+        """
         from importlib.metadata import entry_points
 
         for entry_point in entry_points(group=PROJECT):
@@ -59,13 +67,20 @@ class Manager:
             try:
                 self.register(entry_point.load(), name=entry_point.name)
             except Exception as error:
-                self.problems.append(f"plugin {entry_point.name!r} ({entry_point.value}) was not loaded: {error!r}")
+                self.problems.append(
+                    f"plugin {entry_point.name!r} ({entry_point.value}) was not loaded: {error!r}"
+                )
                 warnings.warn(f"sloth: {self.problems[-1]}", stacklevel=2)
 
     def register(self, plugin: Any, name: str | None = None) -> None:
-        """Add a plugin; a hook that doesn't exist, or an argument that it doesn't have, raises pluggy's error."""
+        """Add a plugin; a hook that doesn't exist, or an argument that it doesn't have, raises pluggy's
+        error.
+        """
         if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets
-            raise TypeError(f"plugin {name!r} is a {type(plugin).__name__}, which has no hash: allowed are modules and objects")
+            raise TypeError(
+                f"plugin {name!r} is a {type(plugin).__name__}, which has no hash: "
+                "allowed are modules and objects"
+            )
         try:
             self.pluggy.register(plugin, name=name)
             self.pluggy.check_pending()
@@ -88,7 +103,9 @@ class Manager:
         names = [kernel.name for kernel in kernels]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"kernel name {name!r} is registered twice: names are unique (see `sloth doctor`)")
+                raise ValueError(
+                    f"kernel name {name!r} is registered twice: names are unique (see `sloth doctor`)"
+                )
         return kernels
 
     def survey(self, model: nn.Module, settings: Settings) -> Survey:
@@ -102,17 +119,27 @@ class Manager:
                 sites.setdefault((site.module, site.role), site)
             skips.extend(answer.skips)
         found = {module for module, _ in sites}
-        return Survey(sites=tuple(sites.values()), skips=tuple(skip for skip in skips if skip.module not in found))
+        return Survey(
+            sites=tuple(sites.values()), skips=tuple(skip for skip in skips if skip.module not in found)
+        )
 
     def choose(
-        self, site: Site, op: str, kernels: Sequence[KernelSpec], device: torch.device, dtype: torch.dtype, settings: Settings
+        self,
+        site: Site,
+        op: str,
+        kernels: Sequence[KernelSpec],
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: Settings,
     ) -> KernelSpec | None:
         """The first plugin's choice among the kernels that can serve the site."""
         choice: KernelSpec | None = self.pluggy.hook.sloth_choose_kernel(
             site=site, op=op, kernels=kernels, device=device, dtype=dtype, settings=settings
         )
         if choice is not None and not any(choice is kernel for kernel in kernels):
-            raise TypeError(f"sloth_choose_kernel chose {choice!r} for {site.module!r}, which is none of `kernels`")
+            raise TypeError(
+                f"sloth_choose_kernel chose {choice!r} for {site.module!r}, which is none of `kernels`"
+            )
         return choice
 
     def plan(self, model: nn.Module, context: PlanContext) -> list[Patch | Skip]:
@@ -154,12 +181,16 @@ class Manager:
         if not plugins:
             caller(**arguments)  # for the trace
         for plugin in reversed(plugins):  # pluggy's calling order: the last registered first, `trylast` last
-            call = self.pluggy.subset_hook_caller(hook, remove_plugins=[p for p in plugins if p is not plugin])
+            call = self.pluggy.subset_hook_caller(
+                hook, remove_plugins=[p for p in plugins if p is not plugin]
+            )
             for answer in call(**arguments):
                 yield self.pluggy.get_name(plugin) or repr(plugin), answer
 
     def _items(self, hook: str, *types: type, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """The items of the lists that a hook's plugins answer with; TypeError names the plugin whose item is wrong."""
+        """The items of the lists that a hook's plugins answer with; TypeError names the plugin whose item is
+        wrong.
+        """
         wanted = "a list of " + " and ".join(kind.__name__ for kind in types)
         for name, answer in self._answers(hook, **arguments):
             if not isinstance(answer, list | tuple):
@@ -171,7 +202,9 @@ class Manager:
 
 
 def _wrong(plugin: str, hook: str, answer: Any, wanted: str) -> str:
-    return f"plugin {plugin!r} answered {hook} with {type(answer).__name__} {answer!r:.80}: allowed is {wanted}"
+    return (
+        f"plugin {plugin!r} answered {hook} with {type(answer).__name__} {answer!r:.80}: allowed is {wanted}"
+    )
 
 
 _MANAGER: Manager | None = None

@@ -4,8 +4,8 @@ Truth is float64. For an output or a gradient x with float64 truth t,
 
     err(x) = ||x - t|| / ||t||            (Frobenius norms, computed in float64)
 
-and a kernel passes when err(kernel) <= 1.5 * err(eager in the same dtype) + 1e-6. `eager` is what the model would have
-computed without us, so "passes" means: at least as accurate as the code it replaces, up to noise.
+and a kernel passes when err(kernel) <= 1.5 * err(eager in the same dtype) + 1e-6. `eager` is what the model
+would have computed without us, so "passes" means: at least as accurate as the code it replaces, up to noise.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 
 EAGER_FACTOR = 1.5
 ABSOLUTE_SLACK = 1e-6
-# What eager itself may be off by before "this module computes that formula" is believed: a few roundings of the dtype.
+# What eager itself may be off by before "this module computes that formula" is believed: a few roundings of
+# the dtype.
 FORMULA_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """||x - truth|| / ||truth|| in float64; infinity for another shape or a non-finite x, the plain norm where truth is 0."""
+    """||x - truth|| / ||truth|| in float64; infinity for another shape or a non-finite x, the plain norm
+    where truth is 0.
+    """
     if x.shape != truth.shape:
         return float("inf")
     if truth.numel() == 0:
@@ -51,4 +54,5 @@ class Comparison:
         return self.error <= bound(self.eager_error)
 
     def __str__(self) -> str:
-        return f"{self.tensor}: {self.error:.2e} (eager {self.eager_error:.2e}, allowed {bound(self.eager_error):.2e})"
+        allowed = bound(self.eager_error)
+        return f"{self.tensor}: {self.error:.2e} (eager {self.eager_error:.2e}, allowed {allowed:.2e})"

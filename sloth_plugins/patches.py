@@ -1,7 +1,8 @@
 """The built-in patches: how a kernel takes the place of a norm, a gated MLP's activation, a rotary helper.
 
-Every patch is an instance forward. The replaced module keeps its parameters, children and hooks, so state-dict keys, PEFT, quantized
-linears and checkpoints are as before. A call that the kernel can't serve (another device, float64) goes to the class's own forward.
+Every patch is an instance forward. The replaced module keeps its parameters, children and hooks, so
+state-dict keys, PEFT, quantized linears and checkpoints are as before. A call that the kernel can't serve
+(another device, float64) goes to the class's own forward.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Forward = Callable[..., Any]
 
 @hookimpl(trylast=True)
 def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch | Skip]:
-    """The built-in plan: one patch a norm, MLP and attention; QK-norm and RoPE in one launch where both are there."""
+    """The built-in plan: one patch a norm, MLP and attention; QK-norm and RoPE in one launch where both are
+    there.
+    """
     plans: list[Patch | Skip] = []
     norms = {site.module: site for role in ("rms_norm", "layer_norm") for site in context.by_role(role)}
     taken: set[str] = set()
@@ -92,11 +95,14 @@ def _norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         kernel=kernel,
         forwards={site.module: forward},
         signature=(*site.signature, kernel.name),
-        verify=partial(_verify_norm, site=site, kernel=kernel, forward=forward, dtype=context.dtypes[site.module]),
+        verify=partial(
+            _verify_norm, site=site, kernel=kernel, forward=forward, dtype=context.dtypes[site.module]
+        ),
     )
 
 
-def _norm_call(kernel: KernelSpec, site: Site) -> Callable[[nn.Module, torch.Tensor, torch.dtype | None], torch.Tensor]:
+def _norm_call(kernel: KernelSpec, site: Site) -> Callable[..., torch.Tensor]:
+    """f(module, x, out_dtype) that runs `kernel` with the site's facts and the module's own parameters."""
     facts, function = site.facts, kernel.function
     weight, bias, eps = facts["weight"], facts["bias"], facts["eps"]
     if site.role == "layer_norm":
@@ -109,12 +115,19 @@ def _norm_call(kernel: KernelSpec, site: Site) -> Callable[[nn.Module, torch.Ten
         )
     offset, early = facts["offset"], facts["cast_before_weight"]
     return lambda self, x, out_dtype: function(
-        x, getattr(self, weight) if weight else None, eps=eps, offset=offset, cast_before_weight=early, out_dtype=out_dtype
+        x,
+        getattr(self, weight) if weight else None,
+        eps=eps,
+        offset=offset,
+        cast_before_weight=early,
+        out_dtype=out_dtype,
     )
 
 
 def _float32_under_autocast(module: nn.Module, site: Site, context: PlanContext) -> bool:
-    """Whether autocast turns this norm's result to float32 (torch's own norms are on its list; hand-written ones are not)."""
+    """Whether autocast turns this norm's result to float32 (torch's own norms are on its list; hand-written
+    ones are not).
+    """
     device = context.device
     low = torch.bfloat16
     weights = {n: torch.ones(site.facts["width"], device=device, dtype=low) for n in _norm_parameters(site)}
@@ -131,7 +144,9 @@ def _norm_parameters(site: Site) -> list[str]:
     return [site.facts[kind] for kind in ("weight", "bias") if site.facts[kind]]
 
 
-def _verify_norm(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forward, dtype: torch.dtype) -> list[Comparison]:
+def _verify_norm(
+    trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forward, dtype: torch.dtype
+) -> list[Comparison]:
     module = trial.module(site.module)
     names = _norm_parameters(site)
     comparisons = []
@@ -145,8 +160,8 @@ def _verify_norm(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forwa
             clone.__dict__["_parameters"].update(leaves)
             return f(clone, x)
 
-        reference = _norm_call(_reference(kernel), site)
-        truth = partial(run, lambda clone, x: reference(clone, x, None))
+        reference = partial(_norm_call(_reference(kernel), site), out_dtype=None)
+        truth = partial(run, reference)
         tensors = {"x": x, **{name: p.detach() for name, p in parameters.items() if p is not None}}
         with trial.context(activation, dtype):
             comparisons += compare(
@@ -182,7 +197,9 @@ def _mlp_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         kernel=kernel,
         forwards={site.module: forward},
         signature=(*site.signature, kernel.name),
-        verify=partial(_verify_mlp, site=site, kernel=kernel, forward=forward, dtype=context.dtypes[site.module]),
+        verify=partial(
+            _verify_mlp, site=site, kernel=kernel, forward=forward, dtype=context.dtypes[site.module]
+        ),
     )
 
 
@@ -197,7 +214,9 @@ class _Given(nn.Module):
         return self.value
 
 
-def _verify_mlp(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forward, dtype: torch.dtype) -> list[Comparison]:
+def _verify_mlp(
+    trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forward, dtype: torch.dtype
+) -> list[Comparison]:
     from sloth_plugins.survey import linear_widths
 
     module, facts = trial.module(site.module), site.facts
@@ -211,16 +230,22 @@ def _verify_mlp(trial: Trial, *, site: Site, kernel: KernelSpec, forward: Forwar
         x = torch.zeros(TOKENS, narrow, device=trial.device, dtype=activation)
 
         def run(f: Forward, **tensors: torch.Tensor) -> Any:
-            children = {name: _Given(value) for name, value in tensors.items()} | {facts["down"]: nn.Identity()}
+            children = {name: _Given(value) for name, value in tensors.items()} | {
+                facts["down"]: nn.Identity()
+            }
             return f(stand_in(module, {}, children), x)  # noqa: B023
 
         def truth(**tensors: torch.Tensor) -> torch.Tensor:
             given = [tensors[name] for name in first]
-            result: torch.Tensor = kernel.reference(*given, *([None] * (2 - len(given))), activation=facts["activation"])
+            result: torch.Tensor = kernel.reference(
+                *given, *([None] * (2 - len(given))), activation=facts["activation"]
+            )
             return result
 
         with trial.context(activation, dtype):
-            comparisons += compare(partial(run, forward), partial(run, type(module).forward), truth, values, first)
+            comparisons += compare(
+                partial(run, forward), partial(run, type(module).forward), truth, values, first
+            )
     return comparisons
 
 
@@ -241,19 +266,32 @@ def _rope_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         forwards={site.module: forward},
         signature=(*site.signature, kernel.name),
         verify=partial(
-            _verify_rope, site=site, kernel=kernel, forward=forward, fused=fused, dtype=context.dtypes[site.module]
+            _verify_rope,
+            site=site,
+            kernel=kernel,
+            forward=forward,
+            fused=fused,
+            dtype=context.dtypes[site.module],
         ),
         replays=(site.module,),
     )
 
 
 def _rope_helper(kernel: KernelSpec, helper: Forward, site: Site) -> Forward:
-    """A helper of the same signature that runs the kernel, and the model's own for calls that it doesn't serve."""
+    """A helper of the same signature that runs the kernel, and the model's own for calls that it doesn't
+    serve.
+    """
     function, takes, layout = kernel.function, _takes(kernel), site.facts["layout"]
     default, keep = site.facts["unsqueeze_dim"], site.facts["result"] == "input"
 
-    def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = default, **kwargs: Any) -> Any:
-        if args or kwargs or not (takes(q) and takes(k) and q.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype):
+    def apply_rotary(
+        q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = default, **kwargs: Any
+    ) -> Any:
+        if (
+            args
+            or kwargs
+            or not (takes(q) and takes(k) and q.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype)
+        ):
             return helper(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
         out_dtype = q.dtype if keep else None
         return function(q, k, cos, sin, layout=layout, unsqueeze_dim=unsqueeze_dim, out_dtype=out_dtype)
@@ -264,7 +302,8 @@ def _rope_helper(kernel: KernelSpec, helper: Forward, site: Site) -> Forward:
 def _with_helper(forward: Forward, name: str, replacement: Forward) -> FunctionType:
     """`forward` with another function under one global name, for the instances that it is bound to alone.
 
-    Its globals are a copy without `__name__`: torch.compile then guards on this very dict, not on the module's.
+    Its globals are a copy without `__name__`: torch.compile then guards on this very dict, not on the
+    module's.
     """
     assert isinstance(forward, FunctionType)
     scope = {key: value for key, value in forward.__globals__.items() if key != "__name__"}
@@ -277,7 +316,9 @@ def _with_helper(forward: Forward, name: str, replacement: Forward) -> FunctionT
 
 
 def _recorded(trial: Trial, site: Site) -> tuple[torch.Tensor, ...]:
-    """q, k, cos and sin as the module's own forward hands them to its helper; raises NotASite where it never does."""
+    """q, k, cos and sin as the module's own forward hands them to its helper; raises NotASite where it never
+    does.
+    """
     module = trial.module(site.module)
     original = type(module).forward
     helper = original.__globals__[site.facts["helper"]]
@@ -314,18 +355,24 @@ def _verify_rope(
         tensors = {"q": _random_like(trial, q, activation), "k": _random_like(trial, k, activation)}
         tensors |= {"cos": cos.detach(), "sin": sin.detach()}
         with trial.context(activation, dtype):
-            comparisons += compare(fused, original.__globals__[site.facts["helper"]], reference, tensors, ["q", "k"])
+            comparisons += compare(
+                fused, original.__globals__[site.facts["helper"]], reference, tensors, ["q", "k"]
+            )
     _verify_wiring(trial, site, forward)
     return comparisons
 
 
 def _verify_wiring(trial: Trial, site: Site, forward: Forward) -> None:
     module = trial.module(site.module)
-    compare_calls(partial(type(module).forward, module), partial(forward, module), module, trial.replay(site.module))
+    compare_calls(
+        partial(type(module).forward, module), partial(forward, module), module, trial.replay(site.module)
+    )
 
 
 class _Deferral:
-    """Hands the norms of q and k from the attention's own code to the fused helper, within one forward of one instance."""
+    """Hands the norms of q and k from the attention's own code to the fused helper, within one forward of one
+    instance.
+    """
 
     def __init__(self) -> None:
         self.active = False
@@ -335,8 +382,14 @@ class _Deferral:
 def _qk_norms(module: nn.Module, site: Site, norms: dict[str, Site]) -> tuple[Site, Site] | None:
     """The two per-head RMSNorms of an attention, in the order of their definition (q, then k), or None."""
     head_dim = getattr(module, "head_dim", None)
-    found = [norms[f"{site.module}.{name}"] for name, _ in module.named_children() if f"{site.module}.{name}" in norms]
-    if len(found) != 2 or any(s.role != "rms_norm" or s.facts["width"] != head_dim or not s.facts["weight"] for s in found):
+    found = [
+        norms[f"{site.module}.{name}"]
+        for name, _ in module.named_children()
+        if f"{site.module}.{name}" in norms
+    ]
+    if len(found) != 2 or any(
+        s.role != "rms_norm" or s.facts["width"] != head_dim or not s.facts["weight"] for s in found
+    ):
         return None
     a, b = found
     same = all(a.facts[key] == b.facts[key] for key in ("eps", "offset", "cast_before_weight"))
@@ -354,11 +407,17 @@ def _qk_norm_rope_patch(model: nn.Module, site: Site, pair: tuple[Site, Site], c
     function, takes, weight = kernel.function, _takes(kernel), norm["weight"]
     keep, default = facts["result"] == "input", facts["unsqueeze_dim"]
     state = _Deferral()
-    options = {key: norm[key] for key in ("eps", "offset", "cast_before_weight")} | {"layout": facts["layout"]}
+    options = {key: norm[key] for key in ("eps", "offset", "cast_before_weight")} | {
+        "layout": facts["layout"]
+    }
 
-    def apply_rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = default, **kwargs: Any) -> Any:
+    def apply_rotary(
+        q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = default, **kwargs: Any
+    ) -> Any:
         if len(state.norms) != 2 or args or kwargs:
-            return helper(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)  # forward() sees what is left over
+            return helper(
+                q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs
+            )  # forward() sees what is left over
         first, second = state.norms
         state.norms = []
         if not (takes(q) and takes(k) and q.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype):
@@ -400,7 +459,10 @@ def _qk_norm_rope_patch(model: nn.Module, site: Site, pair: tuple[Site, Site], c
         norm_module = model.get_submodule(each.module)
         forwards[each.module] = named_like(deferred(type(norm_module).forward), norm_module)
     apart = []
-    for make in (partial(_rope_patch, model, site, context), *(partial(_norm_patch, model, s, context) for s in pair)):
+    for make in (
+        partial(_rope_patch, model, site, context),
+        *(partial(_norm_patch, model, s, context) for s in pair),
+    ):
         try:
             apart.append(make())
         except NotASite:
@@ -412,7 +474,12 @@ def _qk_norm_rope_patch(model: nn.Module, site: Site, pair: tuple[Site, Site], c
         forwards=forwards,
         signature=(*site.signature, kernel.name, "qk_norm_rope"),
         verify=partial(
-            _verify_qk_norm_rope, site=site, pair=pair, kernel=kernel, forwards=forwards, dtype=context.dtypes[site.module]
+            _verify_qk_norm_rope,
+            site=site,
+            pair=pair,
+            kernel=kernel,
+            forwards=forwards,
+            dtype=context.dtypes[site.module],
         ),
         replays=(site.module,),
         otherwise=tuple(apart),
@@ -456,15 +523,19 @@ def _verify_qk_norm_rope(
         tensors |= {name: p.detach() for name, p in weights.items() if p is not None}
         tensors |= {"cos": cos.detach(), "sin": sin.detach()}
         with trial.context(activation, dtype):
-            comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
+            comparisons += compare(
+                partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads
+            )
     _verify_deferral(trial, site, forwards)
     return comparisons
 
 
 def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> None:
-    """The attention with its two norms put off against the attention as it is, on stand-ins that hold both norms.
+    """The attention with its two norms put off against the attention as it is, on stand-ins that hold both
+    norms.
 
-    The norms get random weights: with two equal ones (as in a new model) it wouldn't show if q had the norm of k.
+    The norms get random weights: with two equal ones (as in a new model) it wouldn't show if q had the norm
+    of k.
     """
     module = trial.module(site.module)
     plain: dict[str, nn.Module] = {}
@@ -475,7 +546,9 @@ def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> 
             continue
         own = trial.module(name)
         weights = {
-            key: trial.randn(*p.shape, dtype=p.dtype) + 2 for key, p in own._parameters.items() if p is not None
+            key: trial.randn(*p.shape, dtype=p.dtype) + 2
+            for key, p in own._parameters.items()
+            if p is not None
         }
         norm = stand_in(own, weights)
 
@@ -488,7 +561,10 @@ def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> 
         plain[name.removeprefix(f"{site.module}.")] = stand_in(own, weights)
     original, patched = stand_in(module, {}, plain), stand_in(module, {}, children)
     compare_calls(
-        partial(type(module).forward, original), partial(forwards[site.module], patched), module, trial.replay(site.module)
+        partial(type(module).forward, original),
+        partial(forwards[site.module], patched),
+        module,
+        trial.replay(site.module),
     )
     if len(set(reached)) != 2:
         raise VerificationError("its forward does not call both norms before the rotary helper")
@@ -537,14 +613,21 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         forwards={site.module: forward},
         signature=(*site.signature, kernel.name),
         verify=partial(
-            _verify_add_rms_norm, site=site, norm=norm, kernel=kernel, forward=forward, dtype=context.dtypes[norm_name]
+            _verify_add_rms_norm,
+            site=site,
+            norm=norm,
+            kernel=kernel,
+            forward=forward,
+            dtype=context.dtypes[norm_name],
         ),
         replays=(site.module,),
     )
 
 
 def _in_decorators(decorated: Forward, replacement: Forward) -> Forward:
-    """`replacement` inside the decorators of `decorated`: newer transformers recompute a layer in one of them."""
+    """`replacement` inside the decorators of `decorated`: newer transformers recompute a layer in one of
+    them.
+    """
     inner = getattr(decorated, "__wrapped__", None)
     if inner is None:
         return replacement
@@ -571,7 +654,8 @@ def _verify_add_rms_norm(
 
     def eager(x: Any, residual: Any, **weights: Any) -> Any:
         clone = stand_in(module, {})
-        clone.__dict__["_parameters"].update({weight: w for w in weights.values()})
+        if weights:
+            clone.__dict__["_parameters"][weight] = weights["weight"]
         summed = residual + x
         return type(module).forward(clone, summed), summed
 
@@ -580,13 +664,17 @@ def _verify_add_rms_norm(
 
     comparisons = []
     for activation in trial.dtypes(dtype):
-        tensors = {key: trial.randn(TOKENS, norm.facts["width"], dtype=activation) for key in ("x", "residual")}
+        tensors = {
+            key: trial.randn(TOKENS, norm.facts["width"], dtype=activation) for key in ("x", "residual")
+        }
         grads = ["x", "residual"]
         if parameter is not None:
             tensors["weight"] = parameter.detach()
             grads += ["weight"] if parameter.requires_grad else []
         with trial.context(activation, dtype):
-            comparisons += compare(partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads)
+            comparisons += compare(
+                partial(run, kernel.function), eager, partial(run, kernel.reference), tensors, grads
+            )
     _verify_wiring(trial, site, forward)
     return comparisons
 
@@ -597,7 +685,10 @@ def _verify_add_rms_norm(
 def _hooked(module: Any) -> bool:
     """Whether somebody wants to see this module's own inputs, outputs or gradients."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -612,5 +703,8 @@ def _reference(kernel: KernelSpec) -> KernelSpec:
     import dataclasses
 
     return dataclasses.replace(
-        kernel, function=kernel.reference, dtypes=kernel.dtypes | {torch.float64}, device_types=frozenset({"cpu", "cuda"})
+        kernel,
+        function=kernel.reference,
+        dtypes=kernel.dtypes | {torch.float64},
+        device_types=frozenset({"cpu", "cuda"}),
     )

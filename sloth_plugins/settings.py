@@ -38,7 +38,9 @@ def parse_bytes(value: int | str, setting: str = "memory_budget_bytes") -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f'{setting}={value!r}: allowed are bytes as an integer or a size such as "20GiB"')
+            raise ValueError(
+                f'{setting}={value!r}: allowed are bytes as an integer or a size such as "20GiB"'
+            )
         value = int(float(match[1]) * _UNITS[match[2].upper()])
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f'{setting}={value!r}: allowed are bytes as an integer or a size such as "20GiB"')
@@ -57,15 +59,19 @@ class Settings:
     kernels: Kernels = "auto"
     """"auto": Triton where a GPU driver is active, else the PyTorch references. "off": patch nothing."""
     checkpointing: Any = "auto"
-    """"auto": leave it to the trainer unless a plugin plans it. "off": leave it alone. "recompute": recompute every
+    """"auto": leave it to the trainer unless a plugin plans it. "off": leave it alone. "recompute": recompute
+    every
     decoder layer. Or a plan, from `sloth plan` or a plugin."""
     memory_budget_bytes: int | None = None
-    """Bytes of device memory that a checkpointing plan may fill; None: what the device has free, less a margin.
+    """Bytes of device memory that a checkpointing plan may fill; None: what the device has free, less a
+    margin.
     Sizes such as "20GiB" are accepted and stored in bytes."""
     verify: bool = True
     """Run every patch against the module that it replaces and against float64 before it is used."""
     strict: bool = False
-    """Raise where a site is skipped, instead of leaving it to the model's own code with a reason in the report."""
+    """Raise where a site is skipped, instead of leaving it to the model's own code with a reason in the
+    report.
+    """
     head_loss: HeadLoss = "auto"
     """"auto": compute the loss of the head without holding logits where a kernel for it is there."""
     disable: frozenset[str] = frozenset()
@@ -78,8 +84,8 @@ class Settings:
             _one_of("checkpointing", self.checkpointing, CHECKPOINTING)
         elif not hasattr(self.checkpointing, "apply"):
             raise ValueError(
-                f"checkpointing={self.checkpointing!r}: allowed are {', '.join(map(repr, CHECKPOINTING))} or a "
-                "plan (an object with apply(model))"
+                f"checkpointing={self.checkpointing!r}: allowed are {', '.join(map(repr, CHECKPOINTING))} or "
+                "a plan (an object with apply(model))"
             )
         for name in ("verify", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -89,7 +95,9 @@ class Settings:
         disable: Any = (self.disable,) if isinstance(self.disable, str) else self.disable
         disable = tuple(disable) if isinstance(disable, Iterable) else None  # an iterator can be read once
         if disable is None or not all(isinstance(op, str) for op in disable):
-            raise ValueError(f"disable={self.disable!r}: allowed is a list of op names out of {', '.join(OPS)}")
+            raise ValueError(
+                f"disable={self.disable!r}: allowed is a list of op names out of {', '.join(OPS)}"
+            )
         for op in disable:
             if op not in OPS and "." not in op:
                 raise ValueError(
@@ -100,7 +108,7 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "Settings") -> Settings:
-        """Settings from a config block; an unknown key raises ValueError with the nearest name and `where`."""
+        """Settings from a config block; ValueError for an unknown key, with the nearest name and `where`."""
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in fields:
@@ -116,7 +124,11 @@ class Settings:
             raise ValueError(f"settings={settings!r} in {where}: allowed is a sloth_plugins.Settings")
         if not overrides:
             return settings or cls()
-        checked = {name: getattr(settings, name) for name in (f.name for f in dataclasses.fields(cls))} if settings else {}
+        checked = (
+            {name: getattr(settings, name) for name in (f.name for f in dataclasses.fields(cls))}
+            if settings
+            else {}
+        )
         return cls.from_mapping({**checked, **overrides}, where)
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,7 +33,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """A candidate that was left alone, and why. `benign`: nothing to accelerate, so `strict` doesn't raise."""
+    """A candidate that was left alone, and why.
+
+    `benign`: there was nothing to accelerate, so `strict` does not raise.
+    """
 
     module: str
     op: str
@@ -104,6 +107,10 @@ class Patch:
 
 class SlothError(RuntimeError):
     """A refusal of ours that says what to do; never raised in the middle of a training step."""
+
+
+class BadInputError(SlothError, ValueError):
+    """A model or a setting that can't be served: the value, and what is allowed."""
 
 
 class SkippedSiteError(SlothError):

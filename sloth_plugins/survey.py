@@ -1,14 +1,16 @@
 """Which module plays which role: found by structure, confirmed by behaviour, with no list of model names.
 
-A candidate is probed through a *stand-in*: a shallow copy of the module whose parameters (or linear children) are replaced by
-small random ones on the CPU. The class's own forward runs on it, and the result is compared with the formula. So the
-probe is cheap for any size, it sees through PEFT wrappers and bitsandbytes layers (they are children that get replaced), it runs for a
-model on the meta device, and it touches nothing of the user's model.
+A candidate is probed through a *stand-in*: a shallow copy of the module whose parameters (or linear children)
+are replaced by small random ones on the CPU. The class's own forward runs on it, and the result is compared
+with the formula. So the probe is cheap for any size, it sees through PEFT wrappers and bitsandbytes layers
+(they are children that get replaced), it runs for a model on the meta device, and it touches nothing of the
+user's model.
 
-    RMSNorm      x * rsqrt(mean(x^2) + eps) * (w + offset)      offset 0 or 1, two rounding orders, with or without w
-    LayerNorm    (x - mean(x)) * rsqrt(var(x) + eps) * w + b    with or without w and b
-    gated MLP    down(act(gate(x)) * up(x))                     separate gate and up, or one fused projection
-    rotary       q*cos + rotate(q)*sin, same for k              a helper that the attention's forward calls by a global name
+    RMSNorm      x * rsqrt(mean(x^2) + eps) * (w + offset)      offset 0 or 1, two rounding orders, with or
+    without w LayerNorm    (x - mean(x)) * rsqrt(var(x) + eps) * w + b    with or without w and b gated MLP
+    down(act(gate(x)) * up(x))                     separate gate and up, or one fused projection rotary
+    q*cos + rotate(q)*sin, same for k              a helper that the attention's forward calls by a global
+    name
 """
 
 from __future__ import annotations
@@ -45,8 +47,15 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxy
 # A layer in the order of its steps: s = x + [after](attention(before(x)));  y = s + [last](mlp(middle(s)))
 LAYER_STEPS = ("before", "attention", "after", "middle", "mlp", "last")
 ROPE_LAYOUTS = ("half", "interleaved", "interleaved_repeat")
-FOREIGN = {"liger_kernel": "Liger", "unsloth": "Unsloth", "unsloth_zoo": "Unsloth", "axolotl": "Axolotl", "kernels": "HF kernels"}
-# The functions that an engine has installed. By identity: a wrapper made with functools.wraps would carry an attribute over.
+FOREIGN = {
+    "liger_kernel": "Liger",
+    "unsloth": "Unsloth",
+    "unsloth_zoo": "Unsloth",
+    "axolotl": "Axolotl",
+    "kernels": "HF kernels",
+}
+# The functions that an engine has installed. By identity: a wrapper made with functools.wraps would carry an
+# attribute over.
 PATCHES: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 _TIGHT = 1e-9  # float64 stand-ins
 
@@ -80,7 +89,9 @@ class PlanContext:
         chosen = self.manager.choose(site, op, able, self.device, dtype, self.settings) if able else None
         if chosen is None:
             why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason)
-            raise NotASite(f"no kernel for {op} under kernels={self.settings.kernels!r}" + (f" ({why})" if why else ""))
+            raise NotASite(
+                f"no kernel for {op} under kernels={self.settings.kernels!r}" + (f" ({why})" if why else "")
+            )
         return chosen
 
 
@@ -91,12 +102,20 @@ def sloth_survey_model(model: nn.Module, settings: Settings) -> Survey:
 
 
 @hookimpl(trylast=True)
-def sloth_choose_kernel(kernels: Sequence[KernelSpec], settings: Settings, device: torch.device) -> KernelSpec | None:
-    """The first kernel of the backend asked for; "auto" takes the references only where nothing else serves the site."""
+def sloth_choose_kernel(
+    kernels: Sequence[KernelSpec], settings: Settings, device: torch.device
+) -> KernelSpec | None:
+    """The first kernel of the backend asked for; "auto" takes the references only where nothing else serves
+    the site.
+    """
     if settings.kernels != "auto":
         return next((kernel for kernel in kernels if kernel.backend == settings.kernels), None)
     interpreted = device.type == "cpu"  # Triton's interpreter is for tests: only on demand
-    fast = [kernel for kernel in kernels if kernel.backend != "torch" and not (interpreted and kernel.backend == "triton")]
+    fast = [
+        kernel
+        for kernel in kernels
+        if kernel.backend != "torch" and not (interpreted and kernel.backend == "triton")
+    ]
     return next(iter(fast), next((kernel for kernel in kernels if kernel.backend == "torch"), None))
 
 
@@ -149,7 +168,9 @@ def scalars(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         sorted(
             (name, value)
             for name, value in vars(module).items()
-            if isinstance(value, plain) and not name.startswith("_") and name not in ("layer_idx", "training", "layer_id")
+            if isinstance(value, plain)
+            and not name.startswith("_")
+            and name not in ("layer_idx", "training", "layer_id")
         )
     )
 
@@ -159,11 +180,14 @@ def stand_in(
     parameters: Mapping[str, torch.Tensor | None],
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A shallow copy with other parameters and children, in eval mode; the original keeps everything of its own."""
+    """A shallow copy with other parameters and children, in eval mode; the original keeps everything of its
+    own.
+    """
     clone = copy.copy(module)
     clone.__dict__.pop("forward", None)
     replaced = {
-        name: None if value is None else nn.Parameter(value, requires_grad=False) for name, value in parameters.items()
+        name: None if value is None else nn.Parameter(value, requires_grad=False)
+        for name, value in parameters.items()
     }
     clone.__dict__["_parameters"] = {**module._parameters, **replaced}
     clone.__dict__["_buffers"] = dict(module._buffers)
@@ -184,7 +208,9 @@ def positional_parameters(function: Callable[..., Any]) -> list[inspect.Paramete
 class _Recorder(nn.Module):
     """Stands in for a child of a layer: scales its input by a known factor and notes how it was called."""
 
-    def __init__(self, name: str, factor: float, log: list[tuple[str, float, dict[str, Any]]], attends: bool) -> None:
+    def __init__(
+        self, name: str, factor: float, log: list[tuple[str, float, dict[str, Any]]], attends: bool
+    ) -> None:
         super().__init__()
         self.name, self.factor, self.log, self.attends = name, factor, log, attends
 
@@ -230,7 +256,9 @@ class _Surveyor:
                     self.skips.append(Skip(module=name, op=op, reason=obstacle))
                     return
                 key: tuple[Any, ...] = (role, type(module), type(module).forward, structure, scalars(module))
-                if role != "attention":  # an attention's other attributes don't change what its rotary helper computes
+                if (
+                    role != "attention"
+                ):  # an attention's other attributes don't change what its rotary helper computes
                     key = (*key, _steering(module))
                 if key not in self.cache:
                     self.cache[key] = _probed(probe, module, structure)
@@ -241,7 +269,9 @@ class _Surveyor:
                 self.skips.append(Skip(module=name, op=op, reason=str(reason), benign=reason.benign))
                 continue
             site_role = facts.get("role", role)
-            self.sites[name] = Site(module=name, role=site_role, facts=facts, signature=(*key, _dtypes(module)))
+            self.sites[name] = Site(
+                module=name, role=site_role, facts=facts, signature=(*key, _dtypes(module))
+            )
             return
 
     # Norms
@@ -269,7 +299,9 @@ class _Surveyor:
                 if centred:
                     return MappingProxyType({"role": "layer_norm", **facts})
                 order = self._rounds_before_weight(module, facts, offset)
-                return MappingProxyType({"role": "rms_norm", **facts, "offset": offset, "cast_before_weight": order})
+                return MappingProxyType(
+                    {"role": "rms_norm", **facts, "offset": offset, "cast_before_weight": order}
+                )
         raise NotASite("it computes neither RMSNorm (offset 0 or 1) nor LayerNorm")
 
     def _rounds_before_weight(self, module: nn.Module, facts: Mapping[str, Any], offset: float) -> bool:
@@ -301,7 +333,9 @@ class _Surveyor:
             if len(structure) == 1:
                 raise
             # Three linear layers of one width are an attention as often as an MLP.
-            raise NotASite("its three linear layers have one width, but it is no gated MLP", benign=True) from error
+            raise NotASite(
+                "its three linear layers have one width, but it is no gated MLP", benign=True
+            ) from error
 
     def _probe_mlp(self, module: nn.Module, structure: tuple[str, ...]) -> Mapping[str, Any]:
         narrow, wide = 6, 10
@@ -315,7 +349,10 @@ class _Surveyor:
         for linear in tiny.values():
             linear.weight.copy_(self.randn(*linear.weight.shape, dtype=torch.float64))
         # Large rows as well: a clamp inside must show.
-        x = self.randn(4, 3, narrow, dtype=torch.float64) * torch.tensor([1.0, 0.1, 30.0, 1e3], dtype=torch.float64)[:, None, None]
+        x = (
+            self.randn(4, 3, narrow, dtype=torch.float64)
+            * torch.tensor([1.0, 0.1, 30.0, 1e3], dtype=torch.float64)[:, None, None]
+        )
         others = {name: copy.deepcopy(child) for name, child in module.named_children() if name not in tiny}
         clone = stand_in(module, {}, {**others, **tiny})
         clone.eval()
@@ -340,7 +377,9 @@ class _Surveyor:
             if gate == "up_first":
                 raise NotASite("its fused projection holds up before gate, for which there is no kernel")
             if fused:
-                return MappingProxyType({"gate_up": structure[0], "down": structure[1], "activation": activation})
+                return MappingProxyType(
+                    {"gate_up": structure[0], "down": structure[1], "activation": activation}
+                )
             up = structure[1] if gate == structure[0] else structure[0]
             return MappingProxyType({"gate": gate, "up": up, "down": structure[2], "activation": activation})
         raise NotASite(f"it does not compute down(act(gate(x)) * up(x)) for act in {', '.join(ACTIVATIONS)}")
@@ -350,19 +389,26 @@ class _Surveyor:
     def attention_candidate(self, module: nn.Module) -> tuple[Any, ...] | None:
         forward = type(module).forward
         inner = inspect.unwrap(forward)
-        if not isinstance(inner, FunctionType) or sum(linear_widths(c) is not None for c in module.children()) < 2:
+        if (
+            not isinstance(inner, FunctionType)
+            or sum(linear_widths(c) is not None for c in module.children()) < 2
+        ):
             return None
         if (owner := foreign_owner(module)) is not None:
             raise NotASite(f"already patched by {owner}")
         names = [name for name in inner.__code__.co_names if callable(inner.__globals__.get(name))]
-        for name in names:  # a rotary helper that was replaced for the whole process; theirs may not run in our probe
+        for name in (
+            names
+        ):  # a rotary helper that was replaced for the whole process; theirs may not run in our probe
             if "rotary" in name.lower() and (owner := _foreign(inner.__globals__[name])) is not None:
                 raise NotASite(f"its helper {name} is already patched by {owner}")
         helpers = [name for name in names if self._rotary_facts(inner.__globals__[name]) is not None]
         if not helpers:
             return None
         if inner is not forward:
-            raise NotASite("its forward is wrapped by a decorator, so its rotary helper can't be replaced for it alone")
+            raise NotASite(
+                "its forward is wrapped by a decorator, so its rotary helper can't be replaced for it alone"
+            )
         return tuple(helpers)
 
     def probe_attention(self, module: nn.Module, structure: tuple[Any, ...]) -> Mapping[str, Any]:
@@ -373,7 +419,7 @@ class _Surveyor:
         return MappingProxyType({"helper": structure[0], **facts})
 
     def _rotary_facts(self, helper: Any) -> Mapping[str, Any] | None:
-        """Layout, default unsqueeze_dim and result dtype of a rotary helper f(q, k, cos, sin, ...), or None."""
+        """Layout, default unsqueeze_dim, result dtype of a rotary helper f(q, k, cos, sin, ...), or None."""
         if not isinstance(helper, FunctionType):
             return None
         if id(helper) not in self.helpers:
@@ -420,45 +466,71 @@ class _Surveyor:
                 name = f"{list_name}.{index}" if list_name else str(index)
                 roles = {site.role for module, site in self.sites.items() if module.startswith(name + ".")}
                 if "attention" in roles and roles & {"rms_norm", "layer_norm"}:
-                    inside = {m.removeprefix(f"{name}."): s for m, s in self.sites.items() if m.startswith(f"{name}.")}
-                    key = ("decoder_layer", type(layer), type(layer).forward, scalars(layer), *(s.signature for s in inside.values()))
+                    inside = {
+                        m.removeprefix(f"{name}."): s
+                        for m, s in self.sites.items()
+                        if m.startswith(f"{name}.")
+                    }
+                    key = (
+                        "decoder_layer",
+                        type(layer),
+                        type(layer).forward,
+                        scalars(layer),
+                        *(s.signature for s in inside.values()),
+                    )
                     key += (_dtypes(layer),)
                     if key not in self.cache:
-                        roles_of = {child: inside[child].role for child, _ in layer.named_children() if child in inside}
+                        roles_of = {
+                            child: inside[child].role
+                            for child, _ in layer.named_children()
+                            if child in inside
+                        }
                         self.cache[key] = _probed(self.probe_layer, layer, tuple(roles_of.items()))
                     facts = self.cache[key]  # a layer of another kind is a site all the same, without steps
                     known = MappingProxyType({}) if isinstance(facts, NotASite) else facts
                     self.sites[name] = Site(module=name, role="decoder_layer", facts=known, signature=key)
 
     def probe_layer(self, layer: nn.Module, roles: tuple[Any, ...]) -> Mapping[str, Any]:
-        """The steps of a residual layer: its children are replaced by recorders that scale, and its own forward is run."""
+        """The steps of a residual layer: its children are replaced by recorders that scale, and its own
+        forward is run.
+        """
         role = dict(roles)
         if forward_obstacle(layer) is not None:
             raise NotASite("its forward must stay", benign=True)
         children = dict(layer.named_children())
         if any(isinstance(child, nn.Dropout) and child.p > 0 for child in children.values()):
             raise NotASite("dropout on the residual", benign=True)
-        steps = [n for n, child in children.items() if n in role or next(child.parameters(), None) is not None]
+        steps = [
+            n for n, child in children.items() if n in role or next(child.parameters(), None) is not None
+        ]
         log: list[tuple[str, float, dict[str, Any]]] = []
         attention = [name for name in steps if role.get(name) == "attention"]
         recorders = {
-            name: _Recorder(name, 1.0 + 0.37 * (i + 1), log, name in attention) for i, name in enumerate(steps)
+            name: _Recorder(name, 1.0 + 0.37 * (i + 1), log, name in attention)
+            for i, name in enumerate(steps)
         }
         parameters = positional_parameters(type(layer).forward)
-        sent = {p.name: object() if p.default is None or p.default is p.empty else p.default for p in parameters[1:]}
+        sent = {
+            p.name: object() if p.default is None or p.default is p.empty else p.default
+            for p in parameters[1:]
+        }
         extra = object()
         x = self.randn(1, 3, 4, dtype=torch.float64)
         got = type(layer).forward(stand_in(layer, {}, recorders), x, **sent, sloth_probe=extra)
         order = [name for name, _, _ in log]
         sandwich = len(order) == 6
-        named = dict(zip(LAYER_STEPS if sandwich else ("before", "attention", "middle", "mlp"), order, strict=True))
+        named = dict(
+            zip(LAYER_STEPS if sandwich else ("before", "attention", "middle", "mlp"), order, strict=True)
+        )
         named = {step: named.get(step, "") for step in LAYER_STEPS}
         (kwargs,) = [kwargs for name, _, kwargs in log if name in attention]
         norms = [named[step] for step in ("before", "after", "middle", "last") if named[step]]
         scale = {name: factor for name, factor, _ in log}
         inner = x * scale[named["before"]] * scale[named["attention"]] * scale.get(named["after"], 1.0)
         summed = x + inner
-        wanted = summed + summed * scale[named["middle"]] * scale[named["mlp"]] * scale.get(named["last"], 1.0)
+        wanted = summed + summed * scale[named["middle"]] * scale[named["mlp"]] * scale.get(
+            named["last"], 1.0
+        )
         passes = {name: p.default for p in parameters[1:] for name in [p.name] if name in kwargs}
         if (
             [named["attention"]] != attention
@@ -471,9 +543,13 @@ class _Surveyor:
             or set(kwargs) != set(passes)
             or any(default is inspect.Parameter.empty for default in passes.values())
         ):
-            raise NotASite("its steps are others than s = x + attention(norm(x)); s + mlp(norm(s))", benign=True)
+            raise NotASite(
+                "its steps are others than s = x + attention(norm(x)); s + mlp(norm(s))", benign=True
+            )
         names = tuple(p.name for p in parameters)
-        return MappingProxyType({"steps": MappingProxyType(named), "parameters": names, "passes": MappingProxyType(passes)})
+        return MappingProxyType(
+            {"steps": MappingProxyType(named), "parameters": names, "passes": MappingProxyType(passes)}
+        )
 
     def find_head(self) -> None:
         get = getattr(self.model, "get_output_embeddings", None)
@@ -486,17 +562,23 @@ class _Surveyor:
         for name, module in self.model.named_modules():
             if module is head:
                 facts = MappingProxyType({"widths": linear_widths(head)})
-                self.sites[name] = Site(module=name, role="lm_head", facts=facts, signature=("lm_head", type(head)))
+                self.sites[name] = Site(
+                    module=name, role="lm_head", facts=facts, signature=("lm_head", type(head))
+                )
 
 
 def _probed(
-    probe: Callable[[nn.Module, tuple[Any, ...]], Mapping[str, Any]], module: nn.Module, structure: tuple[Any, ...]
+    probe: Callable[[nn.Module, tuple[Any, ...]], Mapping[str, Any]],
+    module: nn.Module,
+    structure: tuple[Any, ...],
 ) -> Mapping[str, Any] | NotASite:
     try:
         return probe(module, structure)
     except NotASite as reason:
         return reason
-    except Exception as error:  # foreign code on our probe's input: whatever it raises, the module is left alone
+    except (
+        Exception
+    ) as error:  # foreign code on our probe's input: whatever it raises, the module is left alone
         return NotASite(f"the probe could not run it: {type(error).__name__}: {str(error)[:120]}")
 
 
@@ -511,7 +593,14 @@ def _norm_candidate(module: nn.Module) -> tuple[Any, ...] | None:
         return None
     weight = next((name for name in ("weight", "gamma", "scale") if name in own), None)
     bias = next((name for name in ("bias", "beta") if name in own), None)
-    if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase | nn.LocalResponseNorm | nn.CosineSimilarity | nn.PairwiseDistance):
+    if isinstance(
+        module,
+        nn.GroupNorm
+        | nn.modules.batchnorm._NormBase
+        | nn.LocalResponseNorm
+        | nn.CosineSimilarity
+        | nn.PairwiseDistance,
+    ):
         return None
     required = [p for p in positional_parameters(type(module).forward) if p.default is p.empty]
     if len(required) != 1:
@@ -522,11 +611,16 @@ def _norm_candidate(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
-    """The linear children of a module that looks like a gated MLP, in every order that fits: (a, b, down) or (gate_up, down)."""
+    """The linear children of a module that looks like a gated MLP, in every order that fits: (a, b, down) or
+    (gate_up, down).
+    """
     children = dict(module.named_children())
     own = [p for p in module._parameters.values() if p is not None]
     if sum(p.dim() == 3 for p in own) >= 2:  # one alone is a convolution
-        raise NotASite("experts stored as stacked 3-D weights: left to the model's own mixture-of-experts code", benign=True)
+        raise NotASite(
+            "experts stored as stacked 3-D weights: left to the model's own mixture-of-experts code",
+            benign=True,
+        )
     widths = {name: width for name, child in children.items() if (width := linear_widths(child)) is not None}
     others = [child for name, child in children.items() if name not in widths]
     if any(next(child.parameters(), None) is not None for child in others):
@@ -535,7 +629,12 @@ def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
     for names in itertools.permutations(widths) if len(widths) in (2, 3) else ():
         *first, down = names
         narrow, wide = widths[first[0]] if first else (0, 0)
-        if len(names) == 3 and names[0] < names[1] and widths[names[1]] == (narrow, wide) and widths[down] == (wide, narrow):
+        if (
+            len(names) == 3
+            and names[0] < names[1]
+            and widths[names[1]] == (narrow, wide)
+            and widths[down] == (wide, narrow)
+        ):
             fitting.append(names)
         if len(names) == 2 and (narrow, wide) == (widths[down][1], 2 * widths[down][0]):
             fitting.append(names)
@@ -547,7 +646,12 @@ def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
 
 
 def _norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, offset: float, centred: bool
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
 ) -> torch.Tensor:
     """The probe's own formula, in x's dtype."""
     if centred:
@@ -559,8 +663,14 @@ def _norm(
 
 
 def _steering(module: nn.Module) -> tuple[Any, ...]:
-    """What else can steer a forward: activations as functions or modules, configs, lists; by identity where not by value."""
-    public = sorted((name, value) for name, value in vars(module).items() if not name.startswith("_") and name != "forward")
+    """What else can steer a forward: activations as functions or modules, configs, lists; by identity where
+    not by value.
+    """
+    public = sorted(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "forward"
+    )
     plain = (bool, int, float, str, type(None))
     values = tuple(
         (name, repr(value) if isinstance(value, tuple | list) else id(value))
@@ -576,15 +686,27 @@ def _steering(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _dtypes(module: nn.Module) -> tuple[Any, ...]:
-    """Dtypes, shapes and trainability of the parameters at or below `module`: what changes a patch's arithmetic."""
+    """Dtypes, shapes and trainability of the parameters at or below `module`: what changes a patch's
+    arithmetic.
+    """
     return tuple((name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters())
 
 
 @contextmanager
 def _undisturbing() -> Iterator[None]:
-    """Probes on the CPU in their own dtypes, whatever the caller's context; foreign code may draw random numbers."""
+    """Probes on the CPU in their own dtypes, whatever the caller's context; foreign code may draw random
+    numbers.
+    """
     with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         yield
 
 
-__all__ = ["ACTIVATIONS", "Patch", "PlanContext", "forward_obstacle", "linear_widths", "sloth_choose_kernel", "sloth_survey_model"]
+__all__ = [
+    "ACTIVATIONS",
+    "Patch",
+    "PlanContext",
+    "forward_obstacle",
+    "linear_widths",
+    "sloth_choose_kernel",
+    "sloth_survey_model",
+]

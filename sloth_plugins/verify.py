@@ -1,7 +1,8 @@
 """Proof before use: a patch against the module that it replaces, and both against float64.
 
-For every output and every gradient, err(patched) <= 1.5 * err(original) + 1e-6 (see numerics.py). The inputs are random, of the dtype and on the
-device of the module; widths, head counts and memory layouts are the model's own.
+For every output and every gradient, err(patched) <= 1.5 * err(original) + 1e-6 (see numerics.py). The inputs
+are random, of the dtype and on the device of the module; widths, head counts and memory layouts are the
+model's own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Trial:
         return self.model.get_submodule(name)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-        """The dtypes of activations to prove where parameters are `dtype`: on a GPU, bf16 under fp32 weights as well."""
+        """The dtypes of activations to prove where parameters are `dtype`: on a GPU, bf16 under fp32 weights
+        as well.
+        """
         if dtype == torch.float32 and self.device.type == "cuda":
             return torch.float32, torch.bfloat16
         return (dtype,)
@@ -63,7 +66,9 @@ class Trial:
 
     def randn(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Random normal values on the trial's device, from the trial's own generator."""
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float32, device=self.device).to(dtype)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float32, device=self.device).to(
+            dtype
+        )
 
     def replay(self, name: str) -> Replay:
         """The captured call of a module; raises NotASite where the model could not be run."""
@@ -73,7 +78,11 @@ class Trial:
 
 
 def compare(
-    patched: Function, original: Function, truth: Function, tensors: Mapping[str, torch.Tensor], grads: Sequence[str]
+    patched: Function,
+    original: Function,
+    truth: Function,
+    tensors: Mapping[str, torch.Tensor],
+    grads: Sequence[str],
 ) -> list[Comparison]:
     """Outputs and the gradients of `grads`, of two functions of **tensors against `truth` run in float64.
 
@@ -91,13 +100,17 @@ def compare(
         if upstream is None:
             generator = torch.Generator(device=outputs[0].device).manual_seed(7)
             upstream = [  # rounded once, so that all three get the same incoming gradient
-                torch.randn(o.shape, generator=generator, dtype=torch.float32, device=o.device).to(o.dtype) for o in outputs
+                torch.randn(o.shape, generator=generator, dtype=torch.float32, device=o.device).to(o.dtype)
+                for o in outputs
             ]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
         gradients: Sequence[torch.Tensor | None] = ()
         if pairs and grads:
             gradients = torch.autograd.grad(
-                [o for o, _ in pairs], [leaves[key] for key in grads], [g.to(o.dtype) for o, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [leaves[key] for key in grads],
+                [g.to(o.dtype) for o, g in pairs],
+                allow_unused=True,
             )
         results[name] = [*((f"output {i}", o) for i, o in enumerate(outputs))] + [
             (f"gradient of {key}", g) for key, g in zip(grads, gradients, strict=bool(gradients))
@@ -121,16 +134,19 @@ def compare(
         tolerance = FORMULA_TOLERANCE[coarsest]
         if comparison.eager_error > tolerance:
             raise VerificationError(
-                f"the original itself is {comparison.eager_error:.1e} from the formula in {tensor} (at most {tolerance:.0e})"
+                f"the original itself is {comparison.eager_error:.1e} from the formula in {tensor} "
+                f"(at most {tolerance:.0e})"
             )
         comparisons.append(comparison)
     return comparisons
 
 
 def compare_calls(original: Function, patched: Function, module: nn.Module, replay: Replay) -> None:
-    """Original and patched forward on one captured call: outputs and gradients agree to a few roundings of the dtype.
+    """Original and patched forward on one captured call: outputs and gradients agree to a few roundings of
+    the dtype.
 
-    This proves the wiring (who calls what, in which order); the arithmetic is proven by `compare`. Raises VerificationError.
+    This proves the wiring (who calls what, in which order); the arithmetic is proven by `compare`. Raises
+    VerificationError.
     """
     results = []
     for function in (original, patched):
@@ -145,7 +161,9 @@ def compare_calls(original: Function, patched: Function, module: nn.Module, repl
         grads: Sequence[torch.Tensor | None] = ()
         if isinstance(total, torch.Tensor) and wanted:
             grads = torch.autograd.grad(total, wanted, allow_unused=True)
-        names = [f"gradient of input {i}" for i in range(len(leaves))] + [f"gradient of {n}" for n, _ in parameters]
+        names = [f"gradient of input {i}" for i in range(len(leaves))] + [
+            f"gradient of {n}" for n, _ in parameters
+        ]
         results.append(
             [(f"output {i}", o) for i, o in enumerate(outputs)] + list(zip(names, grads, strict=bool(grads)))
         )
@@ -158,15 +176,23 @@ def compare_calls(original: Function, patched: Function, module: nn.Module, repl
             continue
         if got.dtype != want.dtype:
             raise VerificationError(f"{name}: dtype {got.dtype} where the original gives {want.dtype}")
-        lowest = min((p.dtype for p in module.parameters() if p.is_floating_point()), key=_precision, default=want.dtype)
+        lowest = min(
+            (p.dtype for p in module.parameters() if p.is_floating_point()),
+            key=_precision,
+            default=want.dtype,
+        )
         dtype = min((want.dtype, lowest), key=_precision)
         error, tolerance = relative_error(got, want), FORMULA_TOLERANCE[dtype]
         if not error <= tolerance:
-            raise VerificationError(f"{name} differs by {error:.1e} from the original's (at most {tolerance:.0e})")
+            raise VerificationError(
+                f"{name} differs by {error:.1e} from the original's (at most {tolerance:.0e})"
+            )
 
 
 def verify(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
-    """Run a patch's proof. Raises VerificationError or NotASite with the reason; other errors are the kernel's own."""
+    """Run a patch's proof. Raises VerificationError or NotASite with the reason; other errors are the
+    kernel's own.
+    """
     if patch.verify is None:
         return _verify_by_replay(patch, trial)
     comparisons = tuple(patch.verify(trial))
@@ -197,7 +223,9 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
     tensors = {str(i): a for i, a in enumerate(replay.args) if isinstance(a, torch.Tensor)}
     rest = [a for a in replay.args if not isinstance(a, torch.Tensor)]
     if rest or not tensors or any(isinstance(v, torch.Tensor) for v in replay.kwargs.values()):
-        raise VerificationError("only modules called with tensors alone can be replayed: the patch must bring its own verify")
+        raise VerificationError(
+            "only modules called with tensors alone can be replayed: the patch must bring its own verify"
+        )
     double = copy.deepcopy(module).double()
     inputs = list(tensors)
     # Gradients of large weights would cost memory. Those of children are left to the children's own forwards.
@@ -217,7 +245,9 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
 
     original = type(module).forward
     grads = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-    comparisons = compare(call(forward, module), call(original, module), call(original, double), tensors, grads)
+    comparisons = compare(
+        call(forward, module), call(original, module), call(original, double), tensors, grads
+    )
     failed = [str(comparison) for comparison in comparisons if not comparison.passed]
     if failed:
         raise VerificationError("less accurate than the contract: " + "; ".join(failed))
@@ -225,11 +255,17 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
 
 
 class _Captured(BaseException):
-    """Ends the capturing forward once every wanted module has been called; no `except Exception` may swallow it."""
+    """Ends the capturing forward once every wanted module has been called; no `except Exception` may swallow
+    it.
+    """
 
 
-def capture(model: nn.Module, names: Sequence[str], device: torch.device, generator: torch.Generator) -> tuple[dict[str, Replay], str]:
-    """Run the model on a few random tokens and keep how it called `names`. Returns the calls and, if it failed, why."""
+def capture(
+    model: nn.Module, names: Sequence[str], device: torch.device, generator: torch.Generator
+) -> tuple[dict[str, Replay], str]:
+    """Run the model on a few random tokens and keep how it called `names`. Returns the calls and, if it
+    failed, why.
+    """
     replays: dict[str, Replay] = {}
     handles = []
 
@@ -257,8 +293,13 @@ def capture(model: nn.Module, names: Sequence[str], device: torch.device, genera
                 model(input_ids=ids)
     except _Captured:
         pass
-    except Exception as error:  # the user's model may need inputs that we can't make up; then it isn't replayed
-        return replays, f"the model could not be run on random tokens ({type(error).__name__}: {str(error)[:120]})"
+    except (
+        Exception
+    ) as error:  # the user's model may need inputs that we can't make up; then it isn't replayed
+        return (
+            replays,
+            f"the model could not be run on random tokens ({type(error).__name__}: {str(error)[:120]})",
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -267,12 +308,15 @@ def capture(model: nn.Module, names: Sequence[str], device: torch.device, genera
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without dropout inside; training flags and the random state of the CPU and the GPU as they were after it."""
+    """Eval mode without dropout inside; training flags and the random state of the CPU and the GPU as they
+    were after it.
+    """
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kinds = {"cpu", *(p.device.type for p in model.parameters())} & {"cpu", "cuda", "xpu"}
     with contextlib.ExitStack() as stack:
-        # Under the caller's inference_mode no gradient could be compared, and under autocast not in the dtypes given.
+        # Under the caller's inference_mode no gradient could be compared, and under autocast not in the
+        # dtypes given.
         stack.enter_context(torch.inference_mode(False))
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -288,12 +332,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _leaf(value: torch.Tensor, *, requires_grad: bool, double: bool) -> torch.Tensor:
     """A fresh leaf of the same values and the same memory layout."""
-    fresh = value.detach().to(torch.float64) if double and value.is_floating_point() else value.detach().clone()
+    fresh = (
+        value.detach().to(torch.float64) if double and value.is_floating_point() else value.detach().clone()
+    )
     return fresh.requires_grad_(requires_grad)
 
 
 def _leaves(item: Any, leaves: list[torch.Tensor] | None) -> Any:
-    """`item` with every tensor cloned; floating-point ones that carry activations become leaves where asked for."""
+    """`item` with every tensor cloned; floating-point ones that carry activations become leaves where asked
+    for.
+    """
     if isinstance(item, torch.Tensor):
         clone = item.detach().clone()
         if leaves is not None and clone.is_floating_point() and clone.dim() == 3 and not leaves:

@@ -1,4 +1,6 @@
-"""Kernels run in Triton's interpreter where there is no GPU, which must be said before triton is first imported."""
+"""Kernels run in Triton's interpreter where there is no GPU, which must be said before triton is first
+imported.
+"""
 
 import os
 import sys

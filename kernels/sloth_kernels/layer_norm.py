@@ -41,7 +41,6 @@ from sloth_kernels.rms_norm import (
     sum_partials,
 )
 
-
 # With two sums a row, fewer and busier threads are faster (see row_tile).
 TWO_SUMS = {"tile_elements": 4096, "per_thread": 32}
 

@@ -627,7 +627,11 @@ def test_fifty_steps_stay_within_the_spread_of_eager(
         trainer.train()
         return torch.tensor(losses(trainer), dtype=torch.float64)
 
-    eager = [run(data), *(run(permuted(by)) for by in (3, 5, 7)), *(run(data, micro=micro) for micro in (1, 2, 4))]
+    eager = [
+        run(data),
+        *(run(permuted(by)) for by in (3, 5, 7)),
+        *(run(data, micro=micro) for micro in (1, 2, 4)),
+    ]
     spread = max((a - b).abs().max() for i, a in enumerate(eager) for b in eager[:i])
     assert not kernel_calls
     callback = SlothCallback()

@@ -27,7 +27,10 @@ def test_verification_of_an_8b_model_takes_seconds_and_little_memory(family: str
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, parameter in model.named_parameters():  # what LoRA leaves trainable is not a norm; one is, to prove that too
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # what LoRA leaves trainable is not a norm; one is, to prove that too
         parameter.requires_grad_(name.endswith("model.norm.weight"))
     sloth.accelerate(model).undo()  # compiles the kernels
     torch.cuda.synchronize()

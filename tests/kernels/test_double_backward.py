@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from sloth_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from sloth_kernels.gated_activation import (
     gated_activation,
@@ -19,6 +18,7 @@ from sloth_kernels.layer_norm import layer_norm, layer_norm_reference
 from sloth_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from sloth_kernels.rms_norm import rms_norm, rms_norm_reference
 from sloth_kernels.rope import rope, rope_reference
+
 from sloth_plugins.numerics import relative_error
 
 HEADS = {"q": (1, 2, 3, 8), "k": (1, 1, 3, 8)}

@@ -91,7 +91,7 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
             return
         try:
             acceleration = sloth.accelerate(model, self.settings)
-        except (sloth.SlothError, ValueError):
+        except sloth.SlothError:  # what the user asked for can't be done, in one sentence
             raise
         except Exception as error:  # an accelerator must never take a user's run down
             if self.settings.strict:
