@@ -167,5 +167,6 @@ def environment() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # with the build, such as +cu130
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found

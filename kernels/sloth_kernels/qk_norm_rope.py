@@ -29,7 +29,13 @@ from typing import Any
 import torch
 
 from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
-from sloth_kernels.rms_norm import multiprocessors, no_gradient, rms_norm_reference, sum_partials
+from sloth_kernels.rms_norm import (
+    in_even_rounds,
+    multiprocessors,
+    no_gradient,
+    rms_norm_reference,
+    sum_partials,
+)
 from sloth_kernels.rope import (
     TILE_ELEMENTS,
     check_rope_arguments,
@@ -718,7 +724,7 @@ def qk_norm_rope_bwd(
     num_warps = warps_for(tiles, 16)
     programs = work = -(-tokens // tiles["BLOCK_T"]) * tiles["TILES"]
     if q_weight_grad or k_weight_grad:
-        programs = min(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
+        programs = in_even_rounds(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
     dim = q.shape[3]
     wanted = (q_weight_grad, k_weight_grad)
     partial = torch.empty(
