@@ -39,7 +39,9 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "differentiable_gradients",
+    "launch",
     "register_op",
+    "run_op",
     "tl",
     "triton",
     "triton_unavailable",
@@ -65,19 +67,93 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
 
     `fake` gets the same arguments and returns empty tensors of the right shapes, dtypes and strides.
     """
-
-    def on_its_device(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Triton launches on the current device, which under a device map need not be the tensor's."""
-        if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                return implementation(first, *args, **kwargs)
-        return implementation(first, *args, **kwargs)
-
     name = _LIBRARY.define(schema)
     keys: Sequence[str] = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
     for key in keys:
-        _LIBRARY.impl(name, on_its_device, key)
+        _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"sloth::{name}", fake, lib=_LIBRARY)
+
+
+def run_op(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
+    """`op(*args)`; straight to its implementation where nothing looks at ops in between, which costs less.
+
+    Somebody looks under torch.compile, under a dispatch mode (selective checkpointing names ops) and for
+    tensor subclasses (fake tensors, DTensor).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(args[0]) not in _PLAIN_TENSORS
+        or not (args[0].is_cuda or INTERPRETED)
+    ):
+        return op(*args)
+    return implementation(*args)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """`kernel[grid](*args, num_warps=..., **constants)`, without Triton's binding from the second call on.
+
+    That binding costs more than a small model's kernel. A compiled kernel is found by all that Triton
+    specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
+    kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
+    otherwise, and where Triton's interface has changed, the ordinary way stays. For kernels that read nothing
+    they write, since that one launch is repeated.
+    """
+    if INTERPRETED or id(kernel) in _NO_SHORT_WAY:
+        kernel[grid](*args, num_warps=num_warps, **constants)
+        return
+    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values(), *map(_argument_key, args))
+    known = _COMPILED.get(key)
+    if known is not None:
+        compiled, tail = known
+        compiled[(*grid, 1, 1)[:3]](*args, *tail)
+        return
+    compiled = kernel[grid](*args, num_warps=num_warps, **constants)
+    try:
+        tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if id(kernel) not in _SHORT_WAY and not _prove_short_way(kernel, compiled, grid, args, tail):
+            return
+    except Exception:  # whatever a Triton that we don't know does: the ordinary way has run and stays
+        _NO_SHORT_WAY.add(id(kernel))
+        return
+    if len(_COMPILED) >= _MOST_COMPILED:
+        _COMPILED.clear()  # a run whose shapes never repeat
+    _COMPILED[key] = compiled, tail
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_MOST_COMPILED = 10_000
+_SHORT_WAY: set[int] = set()
+_NO_SHORT_WAY: set[int] = set()
+_SMALL_ELEMENTS = 2**22
+
+
+def _argument_key(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    # 1 and 1.0 and True are equal as keys, and not to Triton.
+    return type(argument), argument
+
+
+def _prove_short_way(
+    kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], tail: tuple[Any, ...]
+) -> bool:
+    """Whether the short way leaves in every tensor what the ordinary one has just left there."""
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    if sum(t.numel() for t in tensors) > _SMALL_ELEMENTS or torch.cuda.is_current_stream_capturing():
+        return False  # at another call
+    before = [t.contiguous().clone() for t in tensors]
+    compiled[(*grid, 1, 1)[:3]](*args, *tail)
+    after = [t.contiguous() for t in tensors]
+    # As bytes: NaN in an output must not look like a difference.
+    same = all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(before, after, strict=True)
+        if a.numel()
+    )
+    (_SHORT_WAY if same else _NO_SHORT_WAY).add(id(kernel))
+    return same
 
 
 def wants_graph() -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import differentiable_gradients, register_op, wants_graph
+from sloth_kernels._library import differentiable_gradients, register_op, run_op, wants_graph
 from sloth_kernels.rms_norm import (
     KERNEL_DTYPES,
     check_norm_arguments,
@@ -123,8 +123,16 @@ class AddRMSNormFunction(torch.autograd.Function):
         cast_before_weight: bool,
         out_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        y, summed, rstd = torch.ops.sloth.add_rms_norm_fwd(
-            x, residual, weight, eps, offset, cast_before_weight, out_dtype
+        y, summed, rstd = run_op(
+            torch.ops.sloth.add_rms_norm_fwd,
+            add_rms_norm_fwd,
+            x,
+            residual,
+            weight,
+            eps,
+            offset,
+            cast_before_weight,
+            out_dtype,
         )
         ctx.save_for_backward(summed, weight, rstd)
         ctx.offset = offset
@@ -156,8 +164,16 @@ class AddRMSNormFunction(torch.autograd.Function):
                 dsum = dsummed if dsum is None else dsum + dsummed
         else:
             weight_grad = ctx.needs_input_grad[2]
-            dsum, dweight = torch.ops.sloth.add_rms_norm_bwd(
-                dy, dsummed, summed, weight, rstd, ctx.offset, weight_grad
+            dsum, dweight = run_op(
+                torch.ops.sloth.add_rms_norm_bwd,
+                add_rms_norm_bwd,
+                dy,
+                dsummed,
+                summed,
+                weight,
+                rstd,
+                ctx.offset,
+                weight_grad,
             )
             if not weight_grad:
                 dweight = None

@@ -30,7 +30,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
+from sloth_kernels._library import (
+    differentiable_gradients,
+    launch,
+    register_op,
+    run_op,
+    tl,
+    triton,
+    wants_graph,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 # Two 16-byte loads (bf16) of each input a thread; one in a forward with little arithmetic (1 % on an H200).
@@ -133,6 +141,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+@functools.lru_cache(maxsize=4096)
 def _block(width: int) -> int:
     """Elements a program: 4,096 (8 warps); fewer where rows are short or leave a last block mostly empty."""
     smallest = 1 << max(0, width - 1).bit_length()
@@ -141,21 +150,31 @@ def _block(width: int) -> int:
     return min((4096, 2048, 1024), key=lambda b: (max(-(-width // b) * b, 1.05 * width), -b))
 
 
-def _launch(kernel: Any, matrices: list[torch.Tensor], activation: str) -> None:
+def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str) -> None:
+    """Tensors of one shape (..., N): one long row where all are contiguous, else rows a stride apart."""
     light = kernel is _forward_kernel and activation != "gelu"
     per_thread = LIGHT_FORWARD_ELEMENTS_PER_THREAD if light else ELEMENTS_PER_THREAD
-    rows, width = matrices[0].shape
-    total = rows * width
-    flat = rows == 1 or all(x.stride(0) == width for x in matrices)
-    block = _block(total if flat else width)
-    grid = -(-total // block) if flat else rows * -(-width // block)
-    with torch.cuda.device_of(matrices[0]):
-        kernel[(grid,)](
-            *matrices,
+    total = tensors[0].numel()
+    flat = all(x.is_contiguous() for x in tensors)
+    if flat:
+        # Strides and width play no part then; their values would only cause compilations.
+        width, strides = 1, [0] * len(tensors)
+        block = _block(total)
+        grid = -(-total // block)
+    else:
+        tensors = [_rows(x) for x in tensors]
+        rows, width = tensors[0].shape
+        strides = [x.stride(0) for x in tensors]
+        block = _block(width)
+        grid = rows * -(-width // block)
+    with torch.cuda.device_of(tensors[0]):
+        launch(
+            kernel,
+            (grid,),
+            *tensors,
             total,
-            *(x.stride(0) for x in matrices),
-            # The width decides alignment of rows; in one long row it would only cause compilations.
-            N=1 if flat else width,
+            *strides,
+            N=width,
             ACTIVATION=activation,
             FLAT=flat,
             BLOCK=block,
@@ -167,7 +186,7 @@ def gated_activation_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) 
     """Launch act(gate) * up; the result is contiguous."""
     out = _fwd_fake(gate, up, activation)
     if out.numel():
-        _launch(_forward_kernel, [_rows(gate), _rows(up), _rows(out)], activation)
+        _launch(_forward_kernel, [gate, up, out], activation)
     return out
 
 
@@ -181,7 +200,7 @@ def gated_activation_bwd(
     """Launch both gradients, each contiguous and in the dtype of its input."""
     dgate, dup = _bwd_fake(grad, gate, up, activation)
     if grad.numel():
-        _launch(_backward_kernel, [_rows(x) for x in (grad, gate, up, dgate, dup)], activation)
+        _launch(_backward_kernel, [grad, gate, up, dgate, dup], activation)
     return dgate, dup
 
 
@@ -246,7 +265,7 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Any:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return torch.ops.sloth.gated_activation_fwd(gate, up, activation)
+        return run_op(torch.ops.sloth.gated_activation_fwd, gated_activation_fwd, gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -254,7 +273,9 @@ class _GatedActivation(torch.autograd.Function):
         if wants_graph():
             reference = functools.partial(gated_activation_reference, activation=ctx.activation)
             return *differentiable_gradients(reference, (gate, up), [grad]), None
-        dgate, dup = torch.ops.sloth.gated_activation_bwd(grad, gate, up, ctx.activation)
+        dgate, dup = run_op(
+            torch.ops.sloth.gated_activation_bwd, gated_activation_bwd, grad, gate, up, ctx.activation
+        )
         return dgate, dup, None
 
 
@@ -263,7 +284,9 @@ class _GatedActivationPacked(torch.autograd.Function):
     def forward(ctx: Any, gate_up: torch.Tensor, activation: str) -> Any:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        return torch.ops.sloth.gated_activation_packed_fwd(gate_up, activation)
+        return run_op(
+            torch.ops.sloth.gated_activation_packed_fwd, gated_activation_packed_fwd, gate_up, activation
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -271,7 +294,13 @@ class _GatedActivationPacked(torch.autograd.Function):
         if wants_graph():
             reference = functools.partial(gated_activation_packed_reference, activation=ctx.activation)
             return *differentiable_gradients(reference, (gate_up,), [grad]), None
-        return torch.ops.sloth.gated_activation_packed_bwd(grad, gate_up, ctx.activation), None
+        return run_op(
+            torch.ops.sloth.gated_activation_packed_bwd,
+            gated_activation_packed_bwd,
+            grad,
+            gate_up,
+            ctx.activation,
+        ), None
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:

@@ -28,7 +28,15 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
+from sloth_kernels._library import (
+    differentiable_gradients,
+    launch,
+    register_op,
+    run_op,
+    tl,
+    triton,
+    wants_graph,
+)
 from sloth_kernels.rms_norm import (
     as_rows,
     check_norm_arguments,
@@ -207,7 +215,9 @@ def layer_norm_fwd(
     rows = as_rows(x)
     tile = row_tile(rows.rows, rows.width, **TWO_SUMS)
     with torch.cuda.device_of(x):
-        layer_norm_fwd_kernel[(tile.programs,)](
+        launch(
+            layer_norm_fwd_kernel,
+            (tile.programs,),
             rows.tensors[0],
             None if weight is None else weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -258,7 +268,9 @@ def layer_norm_bwd(
         partial = torch.empty(sum(wanted), tile.programs, width, dtype=torch.float32, device=x.device)
         parts = iter(partial)
         partials = [next(parts) if each else None for each in wanted]
-        layer_norm_bwd_kernel[(tile.programs,)](
+        launch(
+            layer_norm_bwd_kernel,
+            (tile.programs,),
             *rows.tensors,
             None if weight is None else weight.contiguous(),
             mean,
@@ -334,7 +346,9 @@ class LayerNormFunction(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        y, mean, rstd = torch.ops.sloth.layer_norm_fwd(x, weight, bias, eps, out_dtype)
+        y, mean, rstd = run_op(
+            torch.ops.sloth.layer_norm_fwd, layer_norm_fwd, x, weight, bias, eps, out_dtype
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         # The bias itself is not needed in the backward, only what its gradient looks like.
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -350,8 +364,16 @@ class LayerNormFunction(torch.autograd.Function):
             bias = x.new_zeros(x.shape[-1], dtype=ctx.bias_dtype).requires_grad_() if bias_grad else None
             reference = functools.partial(layer_norm_reference, **ctx.options)
             return *differentiable_gradients(reference, (x, weight, bias), [dy]), None, None
-        dx, dweight, dbias = torch.ops.sloth.layer_norm_bwd(
-            dy, x, weight, mean, rstd, weight_grad, ctx.bias_dtype if bias_grad else None
+        dx, dweight, dbias = run_op(
+            torch.ops.sloth.layer_norm_bwd,
+            layer_norm_bwd,
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            weight_grad,
+            ctx.bias_dtype if bias_grad else None,
         )
         return dx, dweight if weight_grad else None, dbias if bias_grad else None, None, None
 

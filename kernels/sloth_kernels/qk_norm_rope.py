@@ -28,9 +28,16 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
+from sloth_kernels._library import (
+    differentiable_gradients,
+    launch,
+    register_op,
+    run_op,
+    tl,
+    triton,
+    wants_graph,
+)
 from sloth_kernels.rms_norm import (
-    in_even_rounds,
     multiprocessors,
     no_gradient,
     rms_norm_reference,
@@ -651,7 +658,9 @@ def qk_norm_rope_fwd(
     )
     if tokens:
         with torch.cuda.device_of(q):
-            _forward_kernel[(-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],)](
+            launch(
+                _forward_kernel,
+                (-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],),
                 q,
                 k,
                 q_weight,
@@ -724,7 +733,7 @@ def qk_norm_rope_bwd(
     num_warps = warps_for(tiles, 16)
     programs = work = -(-tokens // tiles["BLOCK_T"]) * tiles["TILES"]
     if q_weight_grad or k_weight_grad:
-        programs = in_even_rounds(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
+        programs = min(work, WARPS_PER_MULTIPROCESSOR // num_warps * multiprocessors(q.device))
     dim = q.shape[3]
     wanted = (q_weight_grad, k_weight_grad)
     partial = torch.empty(
@@ -734,7 +743,9 @@ def qk_norm_rope_bwd(
     partials = [next(parts) if each else None for each in wanted]
     if tokens:
         with torch.cuda.device_of(q):
-            _backward_kernel[(programs,)](
+            launch(
+                _backward_kernel,
+                (programs,),
                 grad_q,
                 grad_k,
                 q,
@@ -836,8 +847,21 @@ class _QKNormRope(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.arguments = (eps, offset, layout, unsqueeze_dim)
-        return torch.ops.sloth.qk_norm_rope_fwd(
-            q, k, q_weight, k_weight, cos, sin, eps, offset, layout, unsqueeze_dim, q_dtype, k_dtype
+        return run_op(
+            torch.ops.sloth.qk_norm_rope_fwd,
+            qk_norm_rope_fwd,
+            q,
+            k,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            eps,
+            offset,
+            layout,
+            unsqueeze_dim,
+            q_dtype,
+            k_dtype,
         )
 
     @staticmethod
@@ -850,8 +874,15 @@ class _QKNormRope(torch.autograd.Function):
             )
             gradients = differentiable_gradients(reference, ctx.saved_tensors, [grad_q, grad_k])
             return *gradients, *(None,) * 6
-        dq, dk, dq_weight, dk_weight = torch.ops.sloth.qk_norm_rope_bwd(
-            grad_q, grad_k, *ctx.saved_tensors, *ctx.arguments, need_q_weight, need_k_weight
+        dq, dk, dq_weight, dk_weight = run_op(
+            torch.ops.sloth.qk_norm_rope_bwd,
+            qk_norm_rope_bwd,
+            grad_q,
+            grad_k,
+            *ctx.saved_tensors,
+            *ctx.arguments,
+            need_q_weight,
+            need_k_weight,
         )
         return (
             dq,

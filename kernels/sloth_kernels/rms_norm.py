@@ -33,7 +33,15 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
+from sloth_kernels._library import (
+    differentiable_gradients,
+    launch,
+    register_op,
+    run_op,
+    tl,
+    triton,
+    wants_graph,
+)
 
 MAX_WIDTH = 16_384
 # The interpreter has no multiprocessors; two keep its persistent loops and partial sums under test.
@@ -276,52 +284,57 @@ def as_rows(*tensors: torch.Tensor | None) -> Rows:
     """Common row addressing of tensors of one shape; one that three strides cannot address is copied.
 
     Leading dimensions are merged where they are adjacent in memory in every tensor. A transposed view or a
-    slice of a joint buffer needs no copy. A last dimension with another stride than 1 does.
+    slice of a joint buffer needs no copy; a last dimension with another stride than 1 (an expanded gradient)
+    does.
     """
     first = tensors[0]
     assert first is not None
-    shape = first.shape
-    width = shape[-1]
-    dense = [t if t is None or width == 1 or t.stride(-1) == 1 else t.contiguous() for t in tensors]
-    for _ in range(2):
-        present = [t for t in dense if t is not None]
-        sizes: list[int] = []
-        strides: list[list[int]] = []
-        for dim in reversed(range(len(shape) - 1)):
-            if shape[dim] == 1:
-                continue
-            here = [t.stride(dim) for t in present]
-            if sizes and all(h == s * sizes[0] for h, s in zip(here, strides[0], strict=True)):
-                # The inner of the two merged dimensions keeps the strides.
-                sizes[0] *= shape[dim]
-            else:
-                sizes.insert(0, shape[dim])
-                strides.insert(0, here)
-        if len(sizes) <= 3:
-            break
-        dense = [None if t is None else t.contiguous() for t in dense]
-    levels = max(1, len(sizes))
+    if first.shape[-1] != 1:
+        tensors = tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    geometry = _row_geometry(first.shape, tuple(None if t is None else t.stride() for t in tensors))
+    if geometry is None:
+        tensors = tuple(None if t is None else t.contiguous() for t in tensors)
+        geometry = _row_geometry(first.shape, tuple(None if t is None else t.stride() for t in tensors))
+        assert geometry is not None
+    rows, width, sizes, strides, levels = geometry
+    return Rows(tensors=tensors, rows=rows, width=width, sizes=sizes, strides=strides, levels=levels)
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_geometry(
+    shape: torch.Size, strides: tuple[tuple[int, ...] | None, ...]
+) -> tuple[int, int, tuple[int, int], tuple[tuple[int, int, int], ...], int] | None:
+    """(rows, width, sizes, strides, levels) of Rows; None where three strides do not address the rows."""
+    present = [s for s in strides if s is not None]
+    sizes: list[int] = []
+    merged: list[list[int]] = []
+    for dim in reversed(range(len(shape) - 1)):
+        if shape[dim] == 1:
+            continue
+        here = [s[dim] for s in present]
+        if sizes and all(h == s * sizes[0] for h, s in zip(here, merged[0], strict=True)):
+            # The inner of the two merged dimensions keeps the strides.
+            sizes[0] *= shape[dim]
+        else:
+            sizes.insert(0, shape[dim])
+            merged.insert(0, here)
+    if len(sizes) > 3:
+        return None
     padding = 3 - len(sizes)
+    levels = max(1, len(sizes))
     sizes = [1] * padding + sizes
-    by_tensor = iter(range(len(present)))
-    triples = []
-    for t in dense:
-        if t is None:
+    triples: list[tuple[int, int, int]] = []
+    index = 0
+    for each in strides:
+        if each is None:
             triples.append((0, 0, 0))
         else:
-            index = next(by_tensor)
-            s0, s1, s2 = [0] * padding + [level[index] for level in strides]
+            s0, s1, s2 = [0] * padding + [level[index] for level in merged]
             triples.append((s0, s1, s2))
+            index += 1
     rows = sizes[0] * sizes[1] * sizes[2]
     assert rows < 2**31, "row indices are 32-bit"
-    return Rows(
-        tensors=tuple(dense),
-        rows=rows,
-        width=width,
-        sizes=(sizes[1], sizes[2]),
-        strides=tuple(triples),
-        levels=levels,
-    )
+    return rows, shape[-1], (sizes[1], sizes[2]), tuple(triples), levels
 
 
 def next_power_of_2(n: int) -> int:
@@ -346,6 +359,7 @@ class Tile:
     prefetch: bool = False
 
 
+@functools.lru_cache(maxsize=4096)
 def row_tile(rows: int, width: int, *, tile_elements: int = 2048, per_thread: int = 16) -> Tile:
     """One tile a program: 2,048 elements or one row, 16 a thread (two 16-byte loads in flight in bf16).
 
@@ -360,15 +374,7 @@ def row_tile(rows: int, width: int, *, tile_elements: int = 2048, per_thread: in
     return Tile(rows=tile_rows, block_n=block_n, num_warps=num_warps, programs=-(-rows // tile_rows))
 
 
-def in_even_rounds(tiles: int, most: int) -> int:
-    """Programs for a loop over `tiles`, at most `most`, such that the last round is as full as the others.
-
-    8,192 tiles over 264 programs would be 31 full rounds and one of 8; over 256 they are 32 full ones.
-    """
-    rounds = max(1, -(-tiles // most))
-    return -(-tiles // rounds)
-
-
+@functools.lru_cache(maxsize=4096)
 def persistent_tile(rows: int, width: int, device: torch.device) -> Tile:
     """A loop over tiles in each program: 16 elements a thread and 512 threads a multiprocessor.
 
@@ -379,7 +385,7 @@ def persistent_tile(rows: int, width: int, device: torch.device) -> Tile:
     block_n = next_power_of_2(width)
     tile_rows = min(max(1, 2048 // block_n), next_power_of_2(rows))
     num_warps = max(1, min(16, tile_rows * block_n // 512))
-    programs = in_even_rounds(-(-rows // tile_rows), multiprocessors(device) * max(1, 16 // num_warps))
+    programs = min(-(-rows // tile_rows), multiprocessors(device) * max(1, 16 // num_warps))
     return Tile(
         rows=tile_rows, block_n=block_n, num_warps=num_warps, programs=programs, prefetch=block_n <= 8192
     )
@@ -400,7 +406,18 @@ def sum_partials(
     block_n = 16
     grid = (-(-width // block_n), kinds)
     block_p = min(512, next_power_of_2(programs))
-    sum_partials_kernel[grid](partial, summed[0], summed[-1], programs, width, block_p, block_n, num_warps=8)
+    launch(
+        sum_partials_kernel,
+        grid,
+        partial,
+        summed[0],
+        summed[-1],
+        programs,
+        width,
+        block_p,
+        block_n,
+        num_warps=8,
+    )
     results = iter(summed)
     return [no_gradient(like) if dtype is None else next(results) for dtype in dtypes]
 
@@ -465,7 +482,9 @@ def launch_fwd(
     rows = as_rows(x, residual)
     tile = row_tile(rows.rows, rows.width)
     with torch.cuda.device_of(x):
-        rms_norm_fwd_kernel[(tile.programs,)](
+        launch(
+            rms_norm_fwd_kernel,
+            (tile.programs,),
             rows.tensors[0],
             rows.tensors[1],
             None if weight is None else weight.contiguous(),
@@ -512,7 +531,9 @@ def launch_bwd(
         partial = None
         if weight_grad:
             partial = torch.empty(1, tile.programs, rows.width, dtype=torch.float32, device=x.device)
-        rms_norm_bwd_kernel[(tile.programs,)](
+        launch(
+            rms_norm_bwd_kernel,
+            (tile.programs,),
             *rows.tensors,
             None if weight is None else weight.contiguous(),
             rstd,
@@ -616,7 +637,9 @@ class RMSNormFunction(torch.autograd.Function):
         cast_before_weight: bool,
         out_dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        y, rstd = torch.ops.sloth.rms_norm_fwd(x, weight, eps, offset, cast_before_weight, out_dtype)
+        y, rstd = run_op(
+            torch.ops.sloth.rms_norm_fwd, rms_norm_fwd, x, weight, eps, offset, cast_before_weight, out_dtype
+        )
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         ctx.options = {
@@ -634,7 +657,9 @@ class RMSNormFunction(torch.autograd.Function):
             reference = functools.partial(rms_norm_reference, **ctx.options)
             return *differentiable_gradients(reference, (x, weight), [dy]), None, None, None, None
         weight_grad = ctx.needs_input_grad[1]
-        dx, dweight = torch.ops.sloth.rms_norm_bwd(dy, x, weight, rstd, ctx.offset, weight_grad)
+        dx, dweight = run_op(
+            torch.ops.sloth.rms_norm_bwd, rms_norm_bwd, dy, x, weight, rstd, ctx.offset, weight_grad
+        )
         return dx, dweight if weight_grad else None, None, None, None, None
 
 

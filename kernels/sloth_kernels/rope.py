@@ -29,7 +29,15 @@ from typing import Any
 
 import torch
 
-from sloth_kernels._library import differentiable_gradients, register_op, tl, triton, wants_graph
+from sloth_kernels._library import (
+    differentiable_gradients,
+    launch,
+    register_op,
+    run_op,
+    tl,
+    triton,
+    wants_graph,
+)
 
 LAYOUTS = ("half", "interleaved", "interleaved_repeat")
 # Elements of q that a program holds at a time: 4 warps x 32 a thread, four 16-byte loads of bf16 in flight.
@@ -259,6 +267,7 @@ def token_strides(x: torch.Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
     return strides[0], strides[3 - unsqueeze_dim], strides[unsqueeze_dim]
 
 
+@functools.lru_cache(maxsize=4096)
 def head_tiles(
     tokens: int,
     q_heads: int,
@@ -340,7 +349,9 @@ def _launch(
         any(s < h for _, s, h in (strides[0], strides[2])) and q.shape[unsqueeze_dim] > 1,
     )
     with torch.cuda.device_of(q):
-        _rope_kernel[(-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],)](
+        launch(
+            _rope_kernel,
+            (-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],),
             q,
             k,
             cos,
@@ -474,7 +485,9 @@ class _Rope(torch.autograd.Function):
         unsqueeze_dim: int,
         out_dtype: torch.dtype | None,
     ) -> Any:
-        q_out, k_out = torch.ops.sloth.rope_fwd(q, k, cos, sin, layout, unsqueeze_dim, out_dtype)
+        q_out, k_out = run_op(
+            torch.ops.sloth.rope_fwd, rope_fwd, q, k, cos, sin, layout, unsqueeze_dim, out_dtype
+        )
         ctx.save_for_backward(cos, sin)
         # dq in the memory order of q: the projection's backward then takes it as a matrix without a copy.
         ctx.arguments = (layout, unsqueeze_dim, q.dtype, k.dtype, q_out.stride(), k_out.stride())
@@ -491,7 +504,7 @@ class _Rope(torch.autograd.Function):
             reference = functools.partial(rope_reference, layout=layout, unsqueeze_dim=unsqueeze_dim)
             gradients = differentiable_gradients(reference, (q, k, cos, sin), [grad_q, grad_k])
             return *gradients, None, None, None
-        dq, dk = torch.ops.sloth.rope_bwd(grad_q, grad_k, cos, sin, *ctx.arguments)
+        dq, dk = run_op(torch.ops.sloth.rope_bwd, rope_bwd, grad_q, grad_k, cos, sin, *ctx.arguments)
         return dq, dk, None, None, None, None, None
 
 
