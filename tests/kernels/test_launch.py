@@ -1,10 +1,9 @@
-"""launch(): the short way to a compiled kernel gives what Triton's ordinary one gives, whatever the arguments."""
+"""launch(): the short way to a compiled kernel gives what the ordinary one gives, whatever the arguments."""
 
 from typing import Any
 
 import pytest
 import torch
-
 from sloth_kernels import _library
 from sloth_kernels._library import launch, tl, triton
 
