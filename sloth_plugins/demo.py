@@ -399,7 +399,7 @@ def train_once(
         if variant == "sloth":
             from sloth_hf_trainer import SlothCallback
 
-            sloth = SlothCallback()
+            sloth = SlothCallback(show_report=False)  # it comes last, below the table
             callbacks.append(sloth)
         before = _held_out_loss(model, held_out)
         watch.setup_began_s = time.perf_counter()

@@ -594,6 +594,16 @@ def test_a_run_without_a_loss_log_still_reports(tmp_path: Path) -> None:
     assert summary.keys() >= FIGURES
 
 
+@pytest.mark.parametrize("show", [True, False])
+def test_the_report_is_printed_once_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], show: bool
+) -> None:
+    trainer = trainer_for(tmp_path, tiny_model("llama"), SlothCallback(show_report=show))
+    trainer.train()
+    trainer.train()
+    assert capsys.readouterr().err.count("sloth patched") == int(show)
+
+
 # Fifty steps
 
 

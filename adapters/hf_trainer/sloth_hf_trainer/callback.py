@@ -21,6 +21,7 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         settings: sloth_plugins.Settings, or None for the defaults.
+        show_report: print the report to stderr, once, when training begins (main process only).
         overrides: fields of Settings, which win over `settings`.
 
     Raises ValueError for a bad setting when it is made; under `strict=True`, SkippedSiteError when the model
@@ -30,7 +31,10 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
     After patching, `acceleration` holds the record (`.report`, `.undo()`).
     """
 
-    def __init__(self, settings: sloth.Settings | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, settings: sloth.Settings | None = None, *, show_report: bool = True, **overrides: Any
+    ) -> None:
+        self._show_report = show_report
         self.settings = sloth.Settings.resolve(settings, overrides, "SlothCallback()")
         self.acceleration: sloth.Acceleration | None = None
         self._printed: sloth.Acceleration | None = None
@@ -59,7 +63,8 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         self._note_reference_model(trainer)
         self._reset_figures()
         self._count_tokens(trainer)
-        if state.is_world_process_zero and self._printed is not self.acceleration:
+        wanted = self._show_report and state.is_world_process_zero
+        if wanted and self._printed is not self.acceleration:
             self._printed = self.acceleration
             from rich.console import Console
 
