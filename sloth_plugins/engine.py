@@ -57,9 +57,7 @@ class Acceleration:
         return self._model()
 
     def undo(self) -> None:
-        """Give every module its own forward back, the same object that it had. Calling it twice does nothing
-        more.
-        """
+        """Give every module its own forward back, the same object that it had; a second call does nothing."""
         if not self.active:
             return
         self.active = False
@@ -86,9 +84,7 @@ class Acceleration:
             del _ACTIVE[model]
 
     def _intact(self) -> bool:
-        """Whether every patch still sits where it was put (an acceleration of a submodule takes it over, for
-        one).
-        """
+        """Whether every patch sits where it was put; accelerating a submodule takes its patches over."""
         return all(module.__dict__.get("forward") is installed for module, _, installed in self._slots)
 
     def __enter__(self) -> Acceleration:
@@ -116,13 +112,13 @@ class Acceleration:
 def accelerate(
     model: nn.Module, settings: Settings | None = None, *, manager: Manager | None = None, **overrides: Any
 ) -> Acceleration:
-    """Patch `model` in place with every kernel that proves itself; before the optimizer is built, after
-    adapters are added.
+    """Patch `model` in place with every kernel that proves itself.
 
-    `overrides` are fields of Settings. On a model that is already accelerated with equal settings the same
-    Acceleration is returned; with others, or after modules were added or replaced, it is undone and made
-    anew. Raises ValueError for a bad setting or a model on the meta device, SkippedSiteError under
-    strict=True, ConflictError where two plugins claim one module.
+    To be called after adapters are added and before the optimizer is built. `overrides` are fields of
+    Settings. On a model that is already accelerated with equal settings the same Acceleration is returned;
+    with others, or after modules were added or replaced, it is undone and made anew. Raises ValueError for a
+    bad setting or a model on the meta device, SkippedSiteError under strict=True, ConflictError where two
+    plugins claim one module.
     """
     chosen = Settings.resolve(settings, overrides, "accelerate()")
     if not isinstance(model, nn.Module):
@@ -157,9 +153,7 @@ def accelerate(
 def plan(
     model: nn.Module, settings: Settings | None = None, *, manager: Manager | None = None, **overrides: Any
 ) -> Report:
-    """What `accelerate` would patch, without changing or verifying anything. The model may be on the meta
-    device.
-    """
+    """What `accelerate` would patch; changes and verifies nothing. The model may be on the meta device."""
     run = _Run(model, Settings.resolve(settings, overrides, "plan()"), manager or default_manager())
     for patch in run.planned():
         run.report.patched.extend(run.rows(patch, None))
@@ -207,9 +201,7 @@ class _Run:
         return [patch for patch in patches if (patch.module, patch.op) not in objections]
 
     def without_conflicts(self, patches: Sequence[Patch]) -> list[Patch]:
-        """One claimant a module: a third party's patch displaces a built-in one; two third parties are an
-        error.
-        """
+        """One claimant a module: a third party displaces a built-in; two third parties are an error."""
         claimed: dict[str, Patch] = {}
         kept: list[Patch] = []
         waiting = deque(sorted(patches, key=lambda patch: patch.plugin in BUILT_INS))
@@ -282,9 +274,7 @@ class _Run:
         )
 
     def verdict(self, patch: Patch) -> tuple[Comparison, ...] | Skip:
-        """The proof of a patch's signature, run once; and for each instance, that its own small parameters
-        are finite.
-        """
+        """The proof of a patch's signature, run once; and each instance's own small parameters are finite."""
         assert self.trial is not None
         for (
             name
@@ -345,9 +335,7 @@ class _Run:
         ]
 
     def checkpointing(self) -> None:
-        """A plugin's plan, or recomputation of every layer where that was asked for; otherwise the trainer's
-        own stays.
-        """
+        """A plugin's plan, or recomputation of every layer if asked for; else the trainer's own stays."""
         wanted = self.settings.checkpointing
         chosen = wanted if not isinstance(wanted, str) else None
         if wanted == "auto":
@@ -426,9 +414,7 @@ class _Run:
 
 
 def activation_dtype(model: nn.Module, site: Site) -> torch.dtype:
-    """The dtype of a site's activations, read from its parameters: the compute dtype of a quantized linear,
-    not its storage.
-    """
+    """The dtype of a site's activations, from its parameters; of a quantized linear, its compute dtype."""
     module = model.get_submodule(site.module)
     for child in module.modules():
         if linear_widths(child) is None and child is not module:
@@ -459,9 +445,7 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _strip_marks(model: nn.Module) -> None:
-    """Remove our forwards from a deep copy of an accelerated model, or from one that was accelerated under
-    another root.
-    """
+    """Remove our forwards from a deep copy of an accelerated model, or from another root's modules."""
     for module in model.modules():
         if is_ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]

@@ -36,9 +36,7 @@ BUILT_INS = {
 
 
 class Manager:
-    """The plugins of one process, or of one test. Built-ins first, then the entry points of group
-    `sloth_plugins`.
-    """
+    """The plugins of one process, or of one test: built-ins, then the entry points of our group."""
 
     def __init__(self, *, entry_points: bool = True) -> None:
         self.pluggy = pluggy.PluginManager(PROJECT)
@@ -56,9 +54,7 @@ class Manager:
             self.pluggy.enable_tracing()
 
     def _load_entry_points(self) -> None:
-        """Each on its own: a plugin that can't be imported is a warning and a line in the report, not the end
-        of the run.
-        """
+        """Each on its own: a plugin that can't be imported is a warning and a note, not the run's end."""
         from importlib.metadata import entry_points
 
         for entry_point in entry_points(group=PROJECT):
@@ -73,9 +69,7 @@ class Manager:
                 warnings.warn(f"sloth: {self.problems[-1]}", stacklevel=2)
 
     def register(self, plugin: Any, name: str | None = None) -> None:
-        """Add a plugin; a hook that doesn't exist, or an argument that it doesn't have, raises pluggy's
-        error.
-        """
+        """Add a plugin; an unknown hook, or an argument that a hook doesn't have, raises pluggy's error."""
         if type(plugin).__hash__ is None:  # pluggy keeps plugins in sets
             raise TypeError(
                 f"plugin {name!r} is a {type(plugin).__name__}, which has no hash: "
@@ -188,9 +182,7 @@ class Manager:
                 yield self.pluggy.get_name(plugin) or repr(plugin), answer
 
     def _items(self, hook: str, *types: type, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """The items of the lists that a hook's plugins answer with; TypeError names the plugin whose item is
-        wrong.
-        """
+        """The items of the lists that a hook's plugins answer with; TypeError names whose item is wrong."""
         wanted = "a list of " + " and ".join(kind.__name__ for kind in types)
         for name, answer in self._answers(hook, **arguments):
             if not isinstance(answer, list | tuple):

@@ -22,8 +22,9 @@ FORMULA_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """||x - truth|| / ||truth|| in float64; infinity for another shape or a non-finite x, the plain norm
-    where truth is 0.
+    """||x - truth|| / ||truth|| in float64; infinity for another shape or a non-finite x.
+
+    Where truth is 0, the plain norm of the difference.
     """
     if x.shape != truth.shape:
         return float("inf")

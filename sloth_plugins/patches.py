@@ -27,9 +27,7 @@ Forward = Callable[..., Any]
 
 @hookimpl(trylast=True)
 def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch | Skip]:
-    """The built-in plan: one patch a norm, MLP and attention; QK-norm and RoPE in one launch where both are
-    there.
-    """
+    """The built-in plan: one patch a norm, MLP, attention and residual; q/k norms join the rotary one."""
     plans: list[Patch | Skip] = []
     norms = {site.module: site for role in ("rms_norm", "layer_norm") for site in context.by_role(role)}
     taken: set[str] = set()
@@ -125,9 +123,7 @@ def _norm_call(kernel: KernelSpec, site: Site) -> Callable[..., torch.Tensor]:
 
 
 def _float32_under_autocast(module: nn.Module, site: Site, context: PlanContext) -> bool:
-    """Whether autocast turns this norm's result to float32 (torch's own norms are on its list; hand-written
-    ones are not).
-    """
+    """Whether autocast turns this norm's result to float32, as it does for torch's own norms."""
     device = context.device
     low = torch.bfloat16
     weights = {n: torch.ones(site.facts["width"], device=device, dtype=low) for n in _norm_parameters(site)}
@@ -278,9 +274,7 @@ def _rope_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
 
 
 def _rope_helper(kernel: KernelSpec, helper: Forward, site: Site) -> Forward:
-    """A helper of the same signature that runs the kernel, and the model's own for calls that it doesn't
-    serve.
-    """
+    """A helper of the same signature: the kernel, and the model's own for calls that it doesn't serve."""
     function, takes, layout = kernel.function, _takes(kernel), site.facts["layout"]
     default, keep = site.facts["unsqueeze_dim"], site.facts["result"] == "input"
 
@@ -316,9 +310,7 @@ def _with_helper(forward: Forward, name: str, replacement: Forward) -> FunctionT
 
 
 def _recorded(trial: Trial, site: Site) -> tuple[torch.Tensor, ...]:
-    """q, k, cos and sin as the module's own forward hands them to its helper; raises NotASite where it never
-    does.
-    """
+    """q, k, cos and sin as the module's own forward hands them to its helper; NotASite if it never does."""
     module = trial.module(site.module)
     original = type(module).forward
     helper = original.__globals__[site.facts["helper"]]
@@ -370,9 +362,7 @@ def _verify_wiring(trial: Trial, site: Site, forward: Forward) -> None:
 
 
 class _Deferral:
-    """Hands the norms of q and k from the attention's own code to the fused helper, within one forward of one
-    instance.
-    """
+    """Hands the norms of q and k from the attention's code to the fused helper, within one forward."""
 
     def __init__(self) -> None:
         self.active = False
@@ -531,8 +521,7 @@ def _verify_qk_norm_rope(
 
 
 def _verify_deferral(trial: Trial, site: Site, forwards: dict[str, Forward]) -> None:
-    """The attention with its two norms put off against the attention as it is, on stand-ins that hold both
-    norms.
+    """The attention with its two norms put off against the attention as it is, on stand-ins.
 
     The norms get random weights: with two equal ones (as in a new model) it wouldn't show if q had the norm
     of k.
@@ -625,9 +614,7 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
 
 
 def _in_decorators(decorated: Forward, replacement: Forward) -> Forward:
-    """`replacement` inside the decorators of `decorated`: newer transformers recompute a layer in one of
-    them.
-    """
+    """`replacement` inside the decorators of `decorated`; newer transformers recompute layers in one."""
     inner = getattr(decorated, "__wrapped__", None)
     if inner is None:
         return replacement

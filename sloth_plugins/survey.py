@@ -180,9 +180,7 @@ def stand_in(
     parameters: Mapping[str, torch.Tensor | None],
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A shallow copy with other parameters and children, in eval mode; the original keeps everything of its
-    own.
-    """
+    """A shallow copy with other parameters and children, in eval mode; the original stays as it is."""
     clone = copy.copy(module)
     clone.__dict__.pop("forward", None)
     replaced = {
@@ -491,9 +489,7 @@ class _Surveyor:
                     self.sites[name] = Site(module=name, role="decoder_layer", facts=known, signature=key)
 
     def probe_layer(self, layer: nn.Module, roles: tuple[Any, ...]) -> Mapping[str, Any]:
-        """The steps of a residual layer: its children are replaced by recorders that scale, and its own
-        forward is run.
-        """
+        """The steps of a residual layer: its own forward, with recorders that scale for its children."""
         role = dict(roles)
         if forward_obstacle(layer) is not None:
             raise NotASite("its forward must stay", benign=True)
@@ -611,9 +607,7 @@ def _norm_candidate(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def _mlp_candidate(module: nn.Module) -> tuple[tuple[str, ...], ...] | None:
-    """The linear children of a module that looks like a gated MLP, in every order that fits: (a, b, down) or
-    (gate_up, down).
-    """
+    """Names of what may be (a, b, down) or (gate_up, down) of a gated MLP, in every order that fits."""
     children = dict(module.named_children())
     own = [p for p in module._parameters.values() if p is not None]
     if sum(p.dim() == 3 for p in own) >= 2:  # one alone is a convolution
@@ -663,9 +657,7 @@ def _norm(
 
 
 def _steering(module: nn.Module) -> tuple[Any, ...]:
-    """What else can steer a forward: activations as functions or modules, configs, lists; by identity where
-    not by value.
-    """
+    """What else can steer a forward: activations, configs, lists; by identity where not by value."""
     public = sorted(
         (name, value)
         for name, value in vars(module).items()
@@ -686,17 +678,13 @@ def _steering(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _dtypes(module: nn.Module) -> tuple[Any, ...]:
-    """Dtypes, shapes and trainability of the parameters at or below `module`: what changes a patch's
-    arithmetic.
-    """
+    """Dtypes, shapes and trainability of the parameters at or below `module`."""
     return tuple((name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters())
 
 
 @contextmanager
 def _undisturbing() -> Iterator[None]:
-    """Probes on the CPU in their own dtypes, whatever the caller's context; foreign code may draw random
-    numbers.
-    """
+    """Probes on the CPU in their own dtypes, whatever the caller's context; the random state is kept."""
     with torch.autocast("cpu", enabled=False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         yield
 

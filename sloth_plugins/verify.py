@@ -51,9 +51,7 @@ class Trial:
         return self.model.get_submodule(name)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-        """The dtypes of activations to prove where parameters are `dtype`: on a GPU, bf16 under fp32 weights
-        as well.
-        """
+        """The activations' dtypes to prove for parameters of `dtype`: on a GPU, bf16 under fp32 as well."""
         if dtype == torch.float32 and self.device.type == "cuda":
             return torch.float32, torch.bfloat16
         return (dtype,)
@@ -142,8 +140,7 @@ def compare(
 
 
 def compare_calls(original: Function, patched: Function, module: nn.Module, replay: Replay) -> None:
-    """Original and patched forward on one captured call: outputs and gradients agree to a few roundings of
-    the dtype.
+    """Original and patched forward on one captured call agree to a few roundings of the dtype.
 
     This proves the wiring (who calls what, in which order); the arithmetic is proven by `compare`. Raises
     VerificationError.
@@ -190,9 +187,7 @@ def compare_calls(original: Function, patched: Function, module: nn.Module, repl
 
 
 def verify(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
-    """Run a patch's proof. Raises VerificationError or NotASite with the reason; other errors are the
-    kernel's own.
-    """
+    """Run a patch's proof. VerificationError and NotASite hold the reason; others are the kernel's own."""
     if patch.verify is None:
         return _verify_by_replay(patch, trial)
     comparisons = tuple(patch.verify(trial))
@@ -255,17 +250,13 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
 
 
 class _Captured(BaseException):
-    """Ends the capturing forward once every wanted module has been called; no `except Exception` may swallow
-    it.
-    """
+    """Ends the capturing forward; a BaseException, so that no `except Exception` on the way swallows it."""
 
 
 def capture(
     model: nn.Module, names: Sequence[str], device: torch.device, generator: torch.Generator
 ) -> tuple[dict[str, Replay], str]:
-    """Run the model on a few random tokens and keep how it called `names`. Returns the calls and, if it
-    failed, why.
-    """
+    """Run the model on a few random tokens; returns how it called `names` and, if it failed, why."""
     replays: dict[str, Replay] = {}
     handles = []
 
@@ -308,9 +299,7 @@ def capture(
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without dropout inside; training flags and the random state of the CPU and the GPU as they
-    were after it.
-    """
+    """Eval mode inside; afterwards training flags and random states are as they were."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kinds = {"cpu", *(p.device.type for p in model.parameters())} & {"cpu", "cuda", "xpu"}
@@ -339,9 +328,7 @@ def _leaf(value: torch.Tensor, *, requires_grad: bool, double: bool) -> torch.Te
 
 
 def _leaves(item: Any, leaves: list[torch.Tensor] | None) -> Any:
-    """`item` with every tensor cloned; floating-point ones that carry activations become leaves where asked
-    for.
-    """
+    """`item` with every tensor cloned; the hidden states become a leaf where leaves are asked for."""
     if isinstance(item, torch.Tensor):
         clone = item.detach().clone()
         if leaves is not None and clone.is_floating_point() and clone.dim() == 3 and not leaves:
