@@ -27,7 +27,10 @@ Forward = Callable[..., Any]
 
 @hookimpl(trylast=True)
 def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch | Skip]:
-    """The built-in plan: one patch a norm, MLP, attention and residual; q/k norms join the rotary one."""
+    """The built-in plan: one patch a norm, MLP, attention and residual; q/k norms join the rotary one.
+
+    PEFT's LoRA layers join their MLP's patch, or get their own.
+    """
     plans: list[Patch | Skip] = []
     norms = {site.module: site for role in ("rms_norm", "layer_norm") for site in context.by_role(role)}
     taken: set[str] = set()
@@ -56,7 +59,9 @@ def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch
     for site in context.by_role("decoder_layer"):
         if "steps" in site.facts:
             add(site.module, "add_rms_norm", partial(_add_rms_norm_patch, model, site, context))
-    return plans
+    from sloth_plugins.lora import with_lora  # it imports this module
+
+    return with_lora(model, context, plans)
 
 
 def named_like(function: Forward, like: nn.Module) -> Forward:

@@ -19,6 +19,8 @@ OPS = (
     "gated_mlp",
     "rope",
     "qk_norm_rope",
+    "lora_linear",
+    "lora_mlp",
 )
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

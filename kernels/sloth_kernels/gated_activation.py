@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth_kernels._library import (
+    INTERPRETED,
     differentiable_gradients,
     launch,
     register_op,
@@ -112,16 +113,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    out_ptr,
     total,
     grad_stride,
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
+    out_stride,
     N: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_OUT: tl.constexpr,
 ):
     row, columns, inside = _place(N, total, FLAT, BLOCK)
     dy = tl.load(grad_ptr + row * grad_stride + columns, mask=inside, other=0.0)
@@ -133,9 +137,12 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     dgate = dy * u.to(tl.float32) * slope
     tl.store(dgate_ptr + row * dgate_stride + columns, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + row * dup_stride + columns, dup.to(dup_ptr.dtype.element_ty), mask=inside)
+    if HAS_OUT:
+        y = activated * u.to(tl.float32)
+        tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """x as a matrix of rows whose elements adjoin; a view where its strides allow."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -150,7 +157,7 @@ def _block(width: int) -> int:
     return min((4096, 2048, 1024), key=lambda b: (max(-(-width // b) * b, 1.05 * width), -b))
 
 
-def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str) -> None:
+def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str, **constants: bool) -> None:
     """Tensors of one shape (..., N): one long row where all are contiguous, else rows a stride apart."""
     light = kernel is _forward_kernel and activation != "gelu"
     per_thread = LIGHT_FORWARD_ELEMENTS_PER_THREAD if light else ELEMENTS_PER_THREAD
@@ -162,7 +169,7 @@ def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str) -> None:
         block = _block(total)
         grid = -(-total // block)
     else:
-        tensors = [_rows(x) for x in tensors]
+        tensors = [as_matrix(x) for x in tensors]
         rows, width = tensors[0].shape
         strides = [x.stride(0) for x in tensors]
         block = _block(width)
@@ -178,6 +185,7 @@ def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str) -> None:
             ACTIVATION=activation,
             FLAT=flat,
             BLOCK=block,
+            **constants,
             num_warps=max(1, block // (32 * per_thread)),
         )
 
@@ -200,7 +208,7 @@ def gated_activation_bwd(
     """Launch both gradients, each contiguous and in the dtype of its input."""
     dgate, dup = _bwd_fake(grad, gate, up, activation)
     if grad.numel():
-        _launch(_backward_kernel, [grad, gate, up, dgate, dup], activation)
+        _launch(_backward_kernel, [grad, gate, up, dgate, dup, dup], activation, HAS_OUT=False)
     return dgate, dup
 
 
@@ -213,12 +221,49 @@ def _bwd_fake(
     )
 
 
+def gated_activation_fwd_into(
+    out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, *, fused: bool = True
+) -> torch.Tensor:
+    """act(gate) * up into `out`; matrices (T, N) whose rows may lie any distance apart. Returns `out`.
+
+    fused: False for PyTorch's operators on any device.
+    """
+    if not (fused and (out.is_cuda or INTERPRETED)):
+        return out.copy_(gated_activation_reference(gate, up, activation=activation))
+    if out.numel():
+        _launch(_forward_kernel, [gate, up, out], activation)
+    return out
+
+
+def gated_activation_bwd_into(
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    *,
+    fused: bool = True,
+) -> None:
+    """Both gradients and, computed once more, act(gate) * up; matrices as in `gated_activation_fwd_into`."""
+    if not (fused and (out.is_cuda or INTERPRETED)):
+        with torch.enable_grad():
+            leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            y = gated_activation_reference(*leaves, activation=activation)
+        for target, gradient in zip((dgate, dup), torch.autograd.grad(y, leaves, grad), strict=True):
+            target.copy_(gradient)
+        out.copy_(y.detach())
+    elif out.numel():
+        _launch(_backward_kernel, [grad, gate, up, dgate, dup, out], activation, HAS_OUT=True)
+
+
 def gated_activation_packed_fwd(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """Launch act(gate) * up for gate_up = [gate | up]; the result is contiguous."""
     out = _packed_fwd_fake(gate_up, activation)
     if out.numel():
-        gate, up = _rows(gate_up).chunk(2, dim=1)
-        _launch(_forward_kernel, [gate, up, _rows(out)], activation)
+        gate, up = as_matrix(gate_up).chunk(2, dim=1)
+        _launch(_forward_kernel, [gate, up, as_matrix(out)], activation)
     return out
 
 
@@ -231,8 +276,8 @@ def gated_activation_packed_bwd(grad: torch.Tensor, gate_up: torch.Tensor, activ
     """Launch both gradients into one contiguous buffer [dgate | dup]."""
     dgate_up = _packed_bwd_fake(grad, gate_up, activation)
     if dgate_up.numel():
-        halves = (*_rows(gate_up).chunk(2, dim=1), *_rows(dgate_up).chunk(2, dim=1))
-        _launch(_backward_kernel, [_rows(grad), *halves], activation)
+        halves = [*as_matrix(gate_up).chunk(2, dim=1), *as_matrix(dgate_up).chunk(2, dim=1)]
+        _launch(_backward_kernel, [as_matrix(grad), *halves, halves[-1]], activation, HAS_OUT=False)
     return dgate_up
 
 

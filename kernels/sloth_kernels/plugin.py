@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sloth_kernels import add_rms_norm, gated_activation, layer_norm, qk_norm_rope, rms_norm, rope
+from sloth_kernels import add_rms_norm, gated_activation, layer_norm, lora, qk_norm_rope, rms_norm, rope
 from sloth_kernels._library import INTERPRETED, triton_unavailable
 from sloth_plugins.hookspecs import hookimpl
-from sloth_plugins.specs import KernelSpec
+from sloth_plugins.specs import FLOATS, KernelSpec
 
 MAX_WIDTH = 16_384
 
@@ -29,6 +29,20 @@ def gated_mlp_reference(gate: torch.Tensor, up: torch.Tensor | None, *, activati
     return gated_activation.gated_activation_reference(gate, up, activation=activation)
 
 
+def lora_linear_without_triton(
+    x: torch.Tensor, projections: Sequence[lora.Projection]
+) -> tuple[torch.Tensor, ...]:
+    """lora.lora_linear by PyTorch's operators."""
+    return lora.lora_linear(x, projections, fused=False)
+
+
+def lora_mlp_without_triton(
+    x: torch.Tensor, gate: lora.Projection, up: lora.Projection, down: lora.Projection, *, activation: str
+) -> torch.Tensor:
+    """lora.lora_mlp by PyTorch's operators."""
+    return lora.lora_mlp(x, gate, up, down, activation=activation, fused=False)
+
+
 OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("rms_norm", rms_norm.rms_norm, rms_norm.rms_norm_reference),
     ("add_rms_norm", add_rms_norm.add_rms_norm, add_rms_norm.add_rms_norm_reference),
@@ -36,7 +50,14 @@ OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("gated_mlp", gated_mlp, gated_mlp_reference),
     ("rope", rope.rope, rope.rope_reference),
     ("qk_norm_rope", qk_norm_rope.qk_norm_rope, qk_norm_rope.qk_norm_rope_reference),
+    ("lora_linear", lora.lora_linear, lora.lora_linear_reference),
+    ("lora_mlp", lora.lora_mlp, lora.lora_mlp_reference),
 )
+# Hand-derived gradients around matmuls are worth it without Triton as well.
+WITHOUT_TRITON: dict[str, Callable[..., Any]] = {
+    "lora_linear": lora_linear_without_triton,
+    "lora_mlp": lora_mlp_without_triton,
+}
 
 
 def _too_wide(device: torch.device, dtype: torch.dtype, facts: Mapping[str, Any]) -> str | None:
@@ -68,10 +89,12 @@ def sloth_register_kernels() -> Sequence[KernelSpec]:
             op=op,
             name=f"sloth.torch.{op}",
             backend="torch",
-            function=reference,
+            function=WITHOUT_TRITON.get(op, reference),
             reference=reference,
-            device_types=frozenset({"cpu", "cuda", "mps", "xpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
+            device_types=frozenset(
+                {"cpu", "cuda"} if op in WITHOUT_TRITON else {"cpu", "cuda", "mps", "xpu"}
+            ),
+            dtypes=FLOATS if op in WITHOUT_TRITON else FLOATS | {torch.float64},
         )
         for op, _, reference in OPS
     ]

@@ -170,10 +170,11 @@ def test_only_patched_forwards_run(
     report = callback.acceleration.report
     assert not report.skipped and report.patched
     rotary = "qk_norm_rope" if family == "qwen3" else "rope"
-    assert {row.op for row in report.patched} >= {"rms_norm", "gated_mlp", rotary}
+    fused = ("lora_mlp", "lora_linear") if changes.get("peft", True) else ("gated_mlp",)
+    assert {row.op for row in report.patched} >= {"rms_norm", *fused, rotary}
     watch.calls.check()
     layers = 2
-    for op in ("rms_norm", "gated_mlp", rotary):
+    for op in ("rms_norm", *fused, rotary):
         assert kernel_calls[op] >= layers * STEPS, op
     assert not any(name.startswith("sloth") for name in trainer.model.state_dict())
 

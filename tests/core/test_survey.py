@@ -726,7 +726,7 @@ def test_it_sees_through_lora_and_modules_to_save() -> None:
         acceleration = sloth.accelerate(model, strict=True)
     ops = patched_ops(acceleration.report)
     root = "base_model.model.model."
-    assert ops[f"{root}layers.0.mlp"] == "gated_mlp" and ops[f"{root}layers.1.self_attn"] == "qk_norm_rope"
+    assert ops[f"{root}layers.0.mlp"] == "lora_mlp" and ops[f"{root}layers.1.self_attn"] == "qk_norm_rope"
     assert {name for name in ops if name.startswith(f"{root}norm.")} == {
         f"{root}norm.original_module",
         f"{root}norm.modules_to_save.default",

@@ -1,0 +1,911 @@
+"""Fused LoRA: which PEFT layers are served, in which groups, and what their forwards do at each call.
+
+    lora_linear   linear layers called one after another on the same tensor (q, k and v), or one alone
+    lora_mlp      a gated MLP whose gate, up and down hold LoRA layers, as one function
+
+Groups are found by behaviour: the model runs once on a few random tokens, and the linear children of one
+parent that get the very same tensor belong together. Whichever of them is called first computes them all;
+the others are handed their result when they are called with that tensor, and compute alone otherwise.
+
+Everything about an adapter (active, disabled, merged, scaling, dropout, frozen or not) is read from PEFT's
+layer at every call. A call that the kernel can't serve goes to the class's own forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _module
+
+from sloth_plugins.numerics import Comparison
+from sloth_plugins.patches import Forward, _hooked, _takes, named_like
+from sloth_plugins.specs import FLOATS, KernelSpec, NotASite, Patch, Site, Skip
+from sloth_plugins.survey import PlanContext, forward_obstacle, positional_parameters, stand_in
+from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare, undisturbed
+
+# A larger weight is verified on its first rows, so that float64 copies stay small.
+ELEMENTS = 2**25
+_TENSORS = frozenset({torch.Tensor, nn.Parameter})
+_PLAIN, _FOUR_BIT, _LORA, _OTHER = "plain", "4-bit", "lora", "other"
+_KINDS: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+
+
+# Planning
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A linear layer that can be served: a PEFT LoRA layer, or a plain one beside it."""
+
+    name: str
+    module: nn.Module
+    adapter: str | None
+    dtype: torch.dtype
+    signature: tuple[Any, ...]
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer that holds the frozen weight."""
+        return _base(self.module)
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the weight is stored in 4 bits."""
+        return _kind(type(self.base)) == _FOUR_BIT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight."""
+        base: Any = self.base
+        return base.out_features, base.in_features
+
+
+def with_lora(
+    model: nn.Module, context: PlanContext, plans: Sequence[Patch | Skip]
+) -> Sequence[Patch | Skip]:
+    """`plans` with the LoRA patches: an MLP's takes its gated_mlp patch's place, the others are added."""
+    layers: dict[str, _Layer] = {}
+    skips: list[Skip] = []
+    for name, module in model.named_modules():
+        if not _is_tuner_layer(module):
+            continue
+        try:
+            layers[name] = _layer(name, module)
+        except NotASite as reason:
+            skips.append(Skip(module=name, op="lora_linear", reason=str(reason), benign=reason.benign))
+    if not layers:
+        return [*plans, *skips]
+    tuned = set(layers)
+    for name, module in model.named_modules():
+        inside = name.removesuffix(".base_layer") in layers or name in layers
+        if not inside and _kind(type(module)) == _FOUR_BIT:
+            with contextlib.suppress(NotASite):  # it holds no LoRA: there is nothing to report
+                layers[name] = _layer(name, module)
+    context = dataclasses.replace(
+        context, dtypes={**context.dtypes, **{name: layer.dtype for name, layer in layers.items()}}
+    )
+    off = context.settings.kernels == "off" or {"lora_linear", "lora_mlp"} <= context.settings.disable
+    runs = [] if off else _same_input(model, layers)
+    make = _Maker(model=model, context=context, said=set(), slot=_Slot())
+    linear = make.linear(layers, tuned, runs)
+    kept: list[Patch | Skip] = []
+    for plan in plans:
+        if isinstance(plan, Patch) and plan.op == "gated_mlp":
+            inner = [item for item in linear if item.module.startswith(f"{plan.module}.")]
+            try:
+                fused = make.mlp(plan, layers, [item for item in inner if isinstance(item, Patch)])
+            except NotASite as reason:
+                if not reason.benign:
+                    skips.append(Skip(module=plan.module, op="lora_mlp", reason=str(reason)))
+                fused = None
+            if fused is not None:
+                linear = [item for item in linear if item not in inner]
+                kept.append(fused)
+                continue
+        kept.append(plan)
+    return [*kept, *linear, *skips]
+
+
+def _is_tuner_layer(module: nn.Module) -> bool:
+    """A layer of PEFT's around another one, without an import of peft."""
+    return type(module).__module__.startswith("peft.") and "base_layer" in module._modules
+
+
+def _base(module: nn.Module) -> nn.Module:
+    base = module._modules.get("base_layer")
+    return module if base is None else base
+
+
+def _kind(kind: type) -> str:
+    """What a class of layers is, by its name and the module that defines it."""
+    found = _KINDS.get(kind)
+    if found is None:
+        where = kind.__module__
+        if kind is nn.Linear:
+            found = _PLAIN
+        elif where.startswith("peft.tuners.lora.") and kind.__name__ in ("Linear", "Linear4bit"):
+            found = _LORA
+        else:
+            four_bit = next((c for c in kind.__mro__ if c.__name__ == "Linear4bit"), None)
+            ours = four_bit is not None and four_bit.__module__.startswith("bitsandbytes.")
+            found = _FOUR_BIT if ours and kind.forward is four_bit.forward else _OTHER  # type: ignore[attr-defined,union-attr]
+        _KINDS[kind] = found
+    return found
+
+
+def _layer(name: str, module: nn.Module) -> _Layer:
+    """What a LoRA layer (or a linear layer beside one) is served as; NotASite with the reason."""
+    base: Any = _base(module)
+    adapter = None
+    if base is not module:
+        adapter = _adapter_name(module)
+    for each in (module, base):
+        if (obstacle := forward_obstacle(each)) is not None:
+            raise NotASite(obstacle)
+    kind = _kind(type(base))
+    if kind not in (_PLAIN, _FOUR_BIT):
+        raise NotASite(
+            f"its base layer is a {type(base).__module__.split('.')[0]} {type(base).__qualname__}; "
+            "served are nn.Linear and bitsandbytes' Linear4bit"
+        )
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    quantization: tuple[Any, ...] = ()
+    if kind == _FOUR_BIT:
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise NotASite("its 4-bit weight is not quantized yet: move the model to its device first")
+        if state.quant_type not in ("nf4", "fp4"):
+            raise NotASite(f"its weight is quantized as {state.quant_type}; served are nf4 and fp4")
+        if tuple(state.shape) != (base.out_features, base.in_features):
+            raise NotASite("its weight was quantized as [K, N]: quantize it from (out, in) features")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise NotASite("its weight is packed for bitsandbytes' CPU inference")
+        dtype = base.compute_dtype or state.dtype
+        nested = state.state2.blocksize if state.state2 is not None else None
+        quantization = (state.quant_type, state.blocksize, nested, state.dtype, base.compute_type_is_set)
+    else:
+        if type(weight) not in _TENSORS or type(weight.data) not in _TENSORS:
+            raise NotASite(f"its base weight is a {type(weight.data).__name__}: left to PEFT")
+        if weight.requires_grad:
+            raise NotASite("its base weight is trainable")
+        dtype = weight.dtype
+    if dtype not in FLOATS:
+        raise NotASite(f"its base weight is {str(dtype).removeprefix('torch.')}")
+    signature: tuple[Any, ...] = (
+        *(type(module), type(base), base.in_features, base.out_features, dtype, weight.dtype),
+        *(None if bias is None else (bias.dtype, bias.requires_grad), *quantization),
+    )
+    if adapter is not None:
+        tuner: Any = module
+        a, b = tuner.lora_A[adapter], tuner.lora_B[adapter]
+        tensors = (a.weight, b.weight, b.bias)
+        signature += tuple(None if t is None else (t.dtype, tuple(t.shape), t.requires_grad) for t in tensors)
+        signature += (tuner.scaling[adapter],)
+    return _Layer(name=name, module=module, adapter=adapter, dtype=dtype, signature=signature)
+
+
+def _adapter_name(module: Any) -> str:
+    """The adapter to plan and prove a LoRA layer with: the active one, else the first."""
+    kind = type(module)
+    if not hasattr(module, "lora_A"):
+        raise NotASite(f"PEFT's {kind.__qualname__} is no LoRA layer: nothing to fuse", benign=True)
+    if _kind(kind) != _LORA:
+        if kind.__name__ == "Embedding":
+            raise NotASite("LoRA on an embedding is a lookup: left to PEFT", benign=True)
+        raise NotASite(f"LoRA of the class {kind.__qualname__} is left to PEFT; served are linear layers")
+    if getattr(module, "fan_in_fan_out", False):
+        raise NotASite("its base weight is stored as (in, out) features (fan_in_fan_out)")
+    names = list(module.lora_A.keys())
+    if not names:
+        raise NotASite("it holds no adapter", benign=True)
+    name: str = next((n for n in module.active_adapters if n in names), names[0])
+    if (variant := _variant(module, name)) is not None:
+        raise NotASite(f"adapter {name!r} is {variant}: left to PEFT")
+    if any(type(layer) is not nn.Linear for layer in (module.lora_A[name], module.lora_B[name])):
+        raise NotASite(f"the matrices of adapter {name!r} are no plain linear layers")
+    return name
+
+
+def _variant(module: Any, adapter: str) -> str | None:
+    """What an adapter is beside plain LoRA, or None."""
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        name = type(variant).__name__.removesuffix("LinearVariant").removesuffix("Variant")
+        return {"Dora": "DoRA", "ALora": "aLoRA"}.get(name, f"the LoRA variant {name}")
+    return "DoRA" if getattr(module, "use_dora", {}).get(adapter) else None
+
+
+def _same_input(model: nn.Module, layers: Mapping[str, _Layer]) -> list[list[str]]:
+    """Names of layers of one parent that are called with the very same tensor, in the order of the calls.
+
+    Empty where the model can't be run on random tokens: then every layer is planned alone.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    calls: list[tuple[str, torch.Tensor]] = []
+    seen: set[str] = set()
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in seen and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            seen.add(name)
+            calls.append((name, args[0]))  # keeps the tensor, so that no other one can get its identity
+
+    bases: list[Any] = [layer.base for layer in layers.values() if layer.four_bit]
+    names = ("compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
+    before = [{key: vars(base)[key] for key in names if key in vars(base)} for base in bases]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)
+    handles = []
+    with undisturbed(model), torch.no_grad():
+        try:
+            vocabulary = min(getattr(embedding(), "num_embeddings", None) or 100, 1000)
+            ids = torch.randint(0, vocabulary, (1, 8), generator=torch.Generator().manual_seed(0x5107))
+            for name, layer in layers.items():
+                hook = partial(note, name)
+                handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            for base in bases:  # bitsandbytes would repack a CPU's weights for inference, for good
+                base.support_avx512bf16_for_cpu = False
+            try:
+                model(input_ids=ids.to(device), use_cache=False)
+            except TypeError:
+                model(input_ids=ids.to(device))
+        except Exception:  # it may need inputs that we can't make up; what was seen until then still holds
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            for base, values in zip(bases, before, strict=True):
+                vars(base).update(values)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, x in calls:
+        groups.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """Makes the patches of one plan; `said` and `slot` are shared by their forwards."""
+
+    model: nn.Module
+    context: PlanContext
+    said: set[str]
+    slot: _Slot
+
+    def linear(
+        self, layers: Mapping[str, _Layer], tuned: set[str], runs: Iterable[Sequence[str]]
+    ) -> list[Patch | Skip]:
+        """A patch a group, and one for each LoRA layer without one, in the model's order."""
+        groups: list[list[_Layer]] = []
+        for names in runs:
+            by_kind: dict[Any, list[_Layer]] = {}
+            for layer in (layers[name] for name in names):
+                by_kind.setdefault((layer.dtype, _weight_device(layer)), []).append(layer)
+            groups += [group for group in by_kind.values() if any(one.name in tuned for one in group)]
+        grouped = {layer.name for group in groups for layer in group}
+        groups += [[layers[name]] for name in tuned - grouped]
+        order = {name: index for index, name in enumerate(layers)}
+        plans: list[Patch | Skip] = []
+        for group in sorted(groups, key=lambda group: min(order[layer.name] for layer in group)):
+            first = group[0].name
+            try:
+                plans.append(self._linear_patch(group))
+            except NotASite as reason:
+                plans.append(Skip(module=first, op="lora_linear", reason=str(reason), benign=reason.benign))
+        return plans
+
+    def _linear_patch(self, group: Sequence[_Layer]) -> Patch:
+        first = group[0]
+        site = Site(module=first.name, role="lora_linear")
+        kernel = self.context.choose(site, "lora_linear")
+        forwards = _linear_forwards([layer.module for layer in group], kernel, self.said, self.slot)
+        return Patch(
+            module=first.name,
+            op="lora_linear",
+            kernel=kernel,
+            forwards={layer.name: forward for layer, forward in zip(group, forwards, strict=True)},
+            signature=("lora_linear", kernel.name, *(layer.signature for layer in group)),
+            verify=partial(_verify_linear, group=tuple(layer.name for layer in group), kernel=kernel),
+        )
+
+    def mlp(self, gated: Patch, layers: Mapping[str, _Layer], apart: Sequence[Patch]) -> Patch | None:
+        """The patch of a whole MLP; None where it holds no LoRA, NotASite where it can't be served."""
+        site = next(site for site in self.context.by_role("gated_mlp") if site.module == gated.module)
+        if "gate" not in site.facts:
+            return None
+        module = self.model.get_submodule(site.module)
+        names = tuple(site.facts[part] for part in ("gate", "up", "down"))
+        children: list[_Layer] = []
+        if not any(_is_tuner_layer(module.get_submodule(name)) for name in names):
+            return None
+        for name in names:
+            child = f"{site.module}.{name}"
+            if child not in layers and _is_tuner_layer(module.get_submodule(name)):
+                return None  # its own reason is in the report
+            try:
+                children.append(layers.get(child) or _layer(child, module.get_submodule(name)))
+            except NotASite as reason:
+                raise NotASite(f"{name}: {reason}", benign=reason.benign) from None
+        if len({(layer.dtype, _weight_device(layer)) for layer in children}) > 1:
+            raise NotASite("its linear layers differ in dtype or device")
+        kernel = dataclasses.replace(self.context, dtypes={site.module: children[0].dtype}).choose(
+            site, "lora_mlp"
+        )
+        activation = site.facts["activation"]
+        make = partial(
+            _mlp_forward, module, names, kernel, activation, gated.forwards[site.module], self.said
+        )
+        return Patch(
+            module=site.module,
+            op="lora_mlp",
+            kernel=kernel,
+            forwards={site.module: make()},
+            signature=(
+                *("lora_mlp", kernel.name, type(module), names, activation),
+                *(layer.signature for layer in children),
+            ),
+            verify=partial(
+                _verify_mlp, name=site.module, names=names, kernel=kernel, activation=activation, make=make
+            ),
+            otherwise=(gated, *apart),
+        )
+
+
+def _weight_device(layer: _Layer) -> torch.device:
+    weight: torch.Tensor = layer.base._parameters["weight"]  # type: ignore[assignment]
+    return weight.device
+
+
+# Reading a layer at each call
+
+
+def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
+    """read(layer) -> (Projection, its Linear4bit or None), or None where the layer must run its own code."""
+    from sloth_kernels.lora import Adapter, Projection
+    from sloth_kernels.nf4 import FourBit
+
+    def say(reason: str) -> None:
+        if reason not in said:
+            said.add(reason)
+            warnings.warn(f"sloth: {reason}: PEFT's own code runs for it", stacklevel=2)
+
+    def adapter_of(layer: Any, modules: Any) -> Any:
+        """The active Adapter, None for none, False for what can't be served."""
+        lora_a = modules["lora_A"]._modules
+        active = layer._active_adapter
+        if type(active) is not str:
+            present = [name for name in active if name in lora_a]
+            if len(present) > 1:
+                say(f"several adapters are active at once ({', '.join(present)})")
+                return False
+            if not present:
+                return None
+            (active,) = present
+        elif active not in lora_a:
+            return None
+        own = layer.__dict__
+        if (own.get("lora_variant") or own.get("use_dora")) and (
+            variant := _variant(layer, active)
+        ) is not None:
+            say(f"adapter {active!r} is {variant}")
+            return False
+        a, b = lora_a[active], modules["lora_B"]._modules[active]
+        dropout = modules["lora_dropout"]._modules[active]
+        scaling = layer.scaling[active]
+        if (
+            type(a) is not nn.Linear
+            or type(b) is not nn.Linear
+            or _seen(a)
+            or _seen(b)
+            or _seen(dropout)
+            or type(scaling) not in (float, int)
+            or not own.get("cast_input_dtype_enabled", True)
+        ):
+            return False
+        rate = 0.0
+        if type(dropout) is nn.Dropout:
+            rate = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
+            return False
+        weight_a: Any = a._parameters["weight"]
+        weight_b: Any = b._parameters["weight"]
+        if (
+            rate >= 1
+            or type(weight_a) not in _TENSORS
+            or type(weight_b) not in _TENSORS
+            or weight_a.dtype not in FLOATS
+            or weight_b.dtype not in FLOATS
+            or a._parameters["bias"] is not None
+        ):
+            return False
+        return Adapter(a=weight_a, b=weight_b, scaling=scaling, dropout=rate, bias=b._parameters["bias"])
+
+    def read(layer: Any) -> tuple[Any, Any] | None:
+        kind = _KINDS.get(type(layer)) or _kind(type(layer))
+        base, adapter = layer, None
+        if kind == _LORA:
+            modules = layer._modules
+            base = modules["base_layer"]
+            merged = layer.merged_adapters
+            if layer._disable_adapters:
+                if merged:
+                    return None  # PEFT unmerges first
+            elif not merged:
+                adapter = adapter_of(layer, modules)
+                if adapter is False:
+                    return None
+            if _seen(base):
+                return None
+            kind = _KINDS.get(type(base)) or _kind(type(base))
+        parameters = base._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if kind == _PLAIN:
+            if weight.requires_grad or type(weight) not in _TENSORS or weight.dtype not in FLOATS:
+                return None
+            return Projection(weight=weight, bias=bias, adapter=adapter), None
+        if kind != _FOUR_BIT:
+            return None
+        state = getattr(weight, "quant_state", None)
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return None
+        return Projection(weight=FourBit(packed=weight, state=state), bias=bias, adapter=adapter), base
+
+    return read
+
+
+def _seen(module: Any) -> bool:
+    """Whether somebody wants to be called when this module is: hooks, or a forward of its own."""
+    return _hooked(module) or "forward" in module.__dict__
+
+
+def _served(x: Any, takes: Callable[[Any], bool]) -> bool:
+    """A plain, non-empty tensor of rows that the kernel takes, outside of torch.compile and global hooks."""
+    return (
+        type(x) in _TENSORS
+        and takes(x)
+        and x.dtype in FLOATS
+        and x.dim() > 1
+        and x.numel() > 0
+        and not (_module._global_forward_hooks or _module._global_forward_pre_hooks)
+    )
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _compute_dtype(
+    item: tuple[Any, Any], x: torch.Tensor, autocast: torch.dtype | None, grad: bool
+) -> torch.dtype | None:
+    """The dtype of the layer's matmul where it is one that the kernel can serve, else None."""
+    projection, base = item
+    dtype = x.dtype
+    if base is None:
+        weight = projection.weight
+        if weight.device != x.device:
+            return None
+        return autocast or (dtype if weight.dtype == dtype else None)
+    if not base.compute_type_is_set:  # as its own forward would
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    wanted = autocast or dtype
+    if (
+        (base.compute_dtype or dtype) != wanted
+        or (autocast is not None and dtype not in (torch.float32, autocast))
+        or (not grad and x.numel() == x.shape[-1])  # decoding: bitsandbytes multiplies without expanding
+        or projection.weight.packed.device != x.device
+    ):
+        return None
+    return wanted
+
+
+# Groups of linear layers
+
+
+class _Slot:
+    """The group that waits for its siblings' calls, one a model: what a forward that raised left behind goes
+    with the next group.
+    """
+
+    __slots__ = ("group",)
+
+    def __init__(self) -> None:
+        self.group: _Group | None = None
+
+
+class _Group:
+    """Layers called one after another on the same tensor, and what has been computed for those to come."""
+
+    __slots__ = ("__weakref__", "left", "mode", "refs", "results", "version", "x")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.refs = tuple(weakref.ref(module) for module in modules)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self.x: torch.Tensor | None = None
+        self.version, self.left = 0, 0
+        self.mode: tuple[Any, ...] = ()
+        self.results: list[torch.Tensor | None] = []
+
+
+def _linear_forwards(
+    modules: Sequence[nn.Module], kernel: KernelSpec, said: set[str], slot: _Slot
+) -> list[Forward]:
+    """The forwards of a group. Another module that gets one of them (a deep copy) computes alone."""
+    group = _Group(modules)
+    read, takes, function = _reader(said), _takes(kernel), kernel.function
+
+    def fused(index: int, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        grad, autocast = torch.is_grad_enabled(), _autocast(x)
+        mine = group.refs[index]() is layer
+        waiting = False
+        if mine and group.x is x and group.version == x._version and group.mode == (grad, autocast):
+            waiting = True
+            result = group.results[index]
+            if result is not None:
+                group.results[index] = None
+                group.left -= 1
+                if not group.left:
+                    group.clear()
+                    slot.group = None
+                return result
+        own = read(layer)
+        if own is None or (dtype := _compute_dtype(own, x, autocast, grad)) is None:
+            return None
+        items = [(index, own)]
+        # Writes to an inference tensor are not counted, so nobody could tell whether it is still the same.
+        if mine and not waiting and len(group.refs) > 1 and not x.is_inference():
+            for other, ref in enumerate(group.refs):
+                if other == index or (sibling := ref()) is None:
+                    continue
+                item = read(sibling)
+                if item is not None and _compute_dtype(item, x, autocast, grad) == dtype:
+                    items.append((other, item))
+        given = x if x.dtype == dtype else x.to(dtype)
+        results = function(given, [item[0] for _, item in items])
+        if x.dtype != dtype:
+            results = [
+                y if item[1] is None else y.to(x.dtype) for y, (_, item) in zip(results, items, strict=True)
+            ]
+        if mine and not waiting:
+            if slot.group is not None:
+                slot.group.clear()
+                slot.group = None
+            if len(items) > 1:
+                group.results = [None] * len(group.refs)
+                for (other, _), y in zip(items[1:], results[1:], strict=True):
+                    group.results[other] = y
+                group.x, group.version, group.mode = x, x._version, (grad, autocast)
+                group.left = len(items) - 1
+                slot.group = group
+        first: torch.Tensor = results[0]
+        return first
+
+    def forward_of(index: int, module: nn.Module) -> Forward:
+        original = type(module).forward
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not _served(args[0], takes):
+                return original(self, *args, **kwargs)
+            result = fused(index, self, args[0])
+            return original(self, args[0]) if result is None else result
+
+        return named_like(forward, module)
+
+    return [forward_of(index, module) for index, module in enumerate(modules)]
+
+
+# MLPs
+
+
+def _mlp_forward(
+    module: nn.Module,
+    names: tuple[str, str, str],
+    kernel: KernelSpec,
+    activation: str,
+    otherwise: Forward,
+    said: set[str],
+) -> Forward:
+    """The forward of a gated MLP with LoRA; `otherwise` serves the calls that it can't."""
+    read, takes, function = _reader(said), _takes(kernel), kernel.function
+    (argument,) = (p.name for p in positional_parameters(type(module).forward)[:1])
+
+    def fused(mlp: nn.Module, x: torch.Tensor) -> Any:
+        grad, autocast = torch.is_grad_enabled(), _autocast(x)
+        children = mlp._modules
+        items, dtypes = [], set()
+        for name in names:
+            child = children[name]
+            if _seen(child) or (item := read(child)) is None:
+                return None
+            items.append(item)
+            dtypes.add(_compute_dtype(item, x, autocast, grad))
+        if len(dtypes) != 1 or (dtype := dtypes.pop()) is None:
+            return None
+        gate, up, down = (item[0] for item in items)
+        y = function(x if x.dtype == dtype else x.to(dtype), gate, up, down, activation=activation)
+        # A Linear4bit gives its input's dtype back.
+        kept = x.dtype != dtype and items[2][1] is not None and (items[0][1] or items[1][1]) is not None
+        return y.to(x.dtype) if kept else y
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x: Any = args[0] if args else kwargs.get(argument)
+        if torch.compiler.is_compiling() or len(args) + len(kwargs) != 1 or not _served(x, takes):
+            return otherwise(self, *args, **kwargs)
+        result = fused(self, x)
+        return otherwise(self, x) if result is None else result
+
+    return named_like(forward, module)
+
+
+# Verification: random adapters on stand-ins, the base's own weight or its first rows
+
+
+@dataclass(kw_only=True)
+class _Proof:
+    """Stand-ins of some layers with small bases, and the float64 truth of the same."""
+
+    layers: Sequence[_Layer]
+    shapes: Sequence[tuple[int, int]]
+    bases: list[nn.Module]
+    doubles: list[torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    trainable: list[str]
+
+    def stand_ins(self, leaves: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+        """The layers with `leaves` as their adapters."""
+        clones = []
+        for i, (layer, base) in enumerate(zip(self.layers, self.bases, strict=True)):
+            name = layer.adapter
+            base = stand_in(base, {})
+            base.__dict__["_parameters"]["bias"] = leaves.get(f"base_bias{i}")
+            if name is None:
+                clones.append(base)
+                continue
+            a, b = (_linear_of(leaves[f"{key}{i}"]) for key in "ab")
+            b.__dict__["_parameters"]["bias"] = leaves.get(f"bias{i}")
+            children = {
+                "base_layer": base,
+                "lora_A": nn.ModuleDict({name: a}),
+                "lora_B": nn.ModuleDict({name: b}),
+                "lora_dropout": nn.ModuleDict({name: nn.Identity()}),
+            }
+            clone = stand_in(layer.module, {}, children)
+            clone.__dict__.update(
+                _disable_adapters=False,
+                merged_adapters=[],
+                _active_adapter=[name],
+                scaling={name: self.scaling(i)},
+            )
+            clones.append(clone)
+        return clones
+
+    def scaling(self, i: int) -> float:
+        """The layer's own scaling; with zero nothing would be proven."""
+        module: Any = self.layers[i].module
+        return module.scaling[self.layers[i].adapter] or 1.0
+
+    def projections(self, leaves: Mapping[str, torch.Tensor]) -> list[Any]:
+        """The truth's arguments."""
+        from sloth_kernels.lora import Adapter, Projection
+
+        result = []
+        for i, weight in enumerate(self.doubles):
+            adapter = None
+            if self.layers[i].adapter is not None:
+                a, b = leaves[f"a{i}"], leaves[f"b{i}"]
+                adapter = Adapter(a=a, b=b, scaling=self.scaling(i), bias=leaves.get(f"bias{i}"))
+            bias = leaves.get(f"base_bias{i}")
+            result.append(Projection(weight=weight, bias=bias, adapter=adapter))
+        return result
+
+    def x(self, trial: Trial, dtype: torch.dtype) -> torch.Tensor:
+        """A random input (TOKENS, K)."""
+        return trial.randn(TOKENS, self.shapes[0][1], dtype=dtype)
+
+    def cases(self, trial: Trial) -> list[tuple[torch.dtype, bool]]:
+        """(dtype of the activations, under autocast to it) that training may use."""
+        dtype = self.layers[0].dtype
+        found = [(dtype, False)]
+        if trial.device.type == "cuda":
+            low = torch.bfloat16 if dtype == torch.float32 else dtype
+            if low == dtype or not any(layer.four_bit for layer in self.layers):
+                found.append((low, True))
+        return found
+
+
+def _linear_of(weight: torch.Tensor) -> nn.Module:
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
+    linear.__dict__["_parameters"] = {"weight": weight, "bias": None}
+    return linear.eval()
+
+
+def _proof(trial: Trial, layers: Sequence[_Layer], shapes: Sequence[tuple[int, int]]) -> _Proof:
+    tensors: dict[str, torch.Tensor] = {}
+    trainable: list[str] = []
+    bases, doubles = [], []
+    for i, (layer, (n, k)) in enumerate(zip(layers, shapes, strict=True)):
+        base, double = _small_base(layer, n, k)
+        bases.append(base)
+        doubles.append(double)
+        bias: Any = layer.base._parameters["bias"]
+        if bias is not None:
+            tensors[f"base_bias{i}"] = bias.detach()[:n].clone()
+            trainable += [f"base_bias{i}"] if bias.requires_grad else []
+        if layer.adapter is None:
+            continue
+        module: Any = layer.module
+        a, b = module.lora_A[layer.adapter].weight, module.lora_B[layer.adapter]
+        rank = a.shape[0]
+        tensors[f"a{i}"] = trial.randn(rank, k, dtype=a.dtype) / k**0.5
+        tensors[f"b{i}"] = trial.randn(n, rank, dtype=b.weight.dtype) / rank**0.5
+        if b.bias is not None:
+            tensors[f"bias{i}"] = trial.randn(n, dtype=b.bias.dtype)
+        # Where nothing is trained yet, training is what will come.
+        parameters = {f"a{i}": a, f"b{i}": b.weight, f"bias{i}": b.bias}
+        trained = {key for key, p in parameters.items() if p is not None and p.requires_grad}
+        trainable += [key for key in parameters if key in tensors and (key in trained or not trained)]
+    return _Proof(
+        layers=layers, shapes=shapes, bases=bases, doubles=doubles, tensors=tensors, trainable=trainable
+    )
+
+
+def _small_base(layer: _Layer, n: int, k: int) -> tuple[nn.Module, torch.Tensor]:
+    """A stand-in of the base layer with the first n * k of its weights as (n, k); and these in float64."""
+    base: Any = layer.base
+    weight = base._parameters["weight"]
+    clone = stand_in(base, {})
+    if layer.four_bit:
+        small, double = _first_rows_4bit(weight, n, k)
+    else:
+        small = weight.detach() if tuple(weight.shape) == (n, k) else weight.detach()[:n, :k].contiguous()
+        double = small.double()
+    clone.__dict__["_parameters"] = {"weight": small, "bias": None}
+    clone.__dict__.update(in_features=k, out_features=n)
+    return clone, double
+
+
+def _first_rows_4bit(weight: Any, n: int, k: int) -> tuple[Any, torch.Tensor]:
+    """The first n * k weights in 4-bit storage as (n, k), and their values in float64."""
+    import bitsandbytes.functional as bnb
+
+    state = weight.quant_state
+    kind: Any = type(state)
+    blocks = -(-n * k // state.blocksize)
+    inner = state.state2
+    if inner is not None:
+        outer = -(-blocks // inner.blocksize)
+        inner = kind(
+            absmax=inner.absmax[:outer], code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype
+        )
+    small_state = kind(
+        absmax=state.absmax.reshape(-1)[:blocks],
+        shape=torch.Size((n, k)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+        offset=state.offset,
+        state2=inner,
+    )
+    packed = weight.data.reshape(-1).view(torch.uint8)[: n * k // 2].view(weight.dtype).reshape(-1, 1)
+    small = type(weight)(
+        packed,
+        requires_grad=False,
+        quant_state=small_state,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        quant_storage=weight.dtype,
+        bnb_quantized=True,
+    )
+    return small, bnb.dequantize_4bit(packed, small_state).double()
+
+
+def _at_most(n: int, k: int, *layers: _Layer) -> int:
+    """n, or the largest multiple of every block size at which n * k weights are few enough."""
+    if n * k <= ELEMENTS:
+        return n
+    steps = [_blocksize(layer) for layer in layers]
+    step = max(16, *steps)
+    return max(step, ELEMENTS // k // step * step)
+
+
+def _blocksize(layer: _Layer) -> int:
+    weight: Any = layer.base._parameters["weight"]
+    return weight.quant_state.blocksize if layer.four_bit else 1
+
+
+def _counted(kernel: KernelSpec) -> tuple[KernelSpec, list[int]]:
+    calls: list[int] = []
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return kernel.function(*args, **kwargs)
+
+    return dataclasses.replace(kernel, function=function), calls
+
+
+def _prove(
+    trial: Trial,
+    proof: _Proof,
+    original: Callable[..., Any],
+    patched: Callable[..., Any],
+    truth: Callable[..., Any],
+    calls: list[int],
+) -> list[Comparison]:
+    comparisons = []
+    for dtype, autocast in proof.cases(trial):
+        tensors = {"x": proof.x(trial, dtype), **proof.tensors}
+        context = torch.autocast(trial.device.type, dtype=dtype, enabled=autocast)
+        before = len(calls)
+        with context:
+            comparisons += compare(patched, original, truth, tensors, ["x", *proof.trainable])
+        if len(calls) != before + 1:
+            raise VerificationError(
+                f"one call was expected of the kernel and {len(calls) - before} were made "
+                f"({str(dtype).removeprefix('torch.')}, autocast {'on' if autocast else 'off'})"
+            )
+    return comparisons
+
+
+def _verify_linear(trial: Trial, *, group: Sequence[str], kernel: KernelSpec) -> list[Comparison]:
+    layers = [_layer(name, trial.module(name)) for name in group]
+    shapes = [(_at_most(*layer.shape, layer), layer.shape[1]) for layer in layers]
+    proof = _proof(trial, layers, shapes)
+    counted, calls = _counted(kernel)
+
+    def original(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+        return tuple(type(clone).forward(clone, x) for clone in proof.stand_ins(leaves))
+
+    def patched(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+        clones = proof.stand_ins(leaves)
+        forwards = _linear_forwards(clones, counted, set(), _Slot())
+        return tuple(forward(clone, x) for forward, clone in zip(forwards, clones, strict=True))
+
+    def truth(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+        return tuple(kernel.reference(x, proof.projections(leaves)))
+
+    return _prove(trial, proof, original, patched, truth, calls)
+
+
+def _verify_mlp(
+    trial: Trial,
+    *,
+    name: str,
+    names: tuple[str, str, str],
+    kernel: KernelSpec,
+    activation: str,
+    make: Callable[..., Forward],
+) -> list[Comparison]:
+    module = trial.module(name)
+    layers = [_layer(f"{name}.{child}", module.get_submodule(child)) for child in names]
+    wide, narrow = layers[0].shape
+    wide = _at_most(wide, narrow, *layers)
+    proof = _proof(trial, layers, [(wide, narrow), (wide, narrow), (narrow, wide)])
+    counted, calls = _counted(kernel)
+
+    def original(mlp_forward: Forward, x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+        children = dict(zip(names, proof.stand_ins(leaves), strict=True))
+        return mlp_forward(stand_in(module, {}, children), x)
+
+    def truth(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+        return kernel.reference(x, *proof.projections(leaves), activation=activation)
+
+    own = type(module).forward
+    patched = _mlp_forward(module, names, counted, activation, own, set())
+    return _prove(trial, proof, partial(original, own), partial(original, patched), truth, calls)
+
+
+__all__ = ["with_lora"]

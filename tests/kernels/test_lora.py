@@ -1,0 +1,328 @@
+"""lora_linear and lora_mlp: every output and gradient against eager and float64, over every base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from sloth_kernels import lora as op
+from sloth_kernels.lora import (
+    Adapter,
+    Projection,
+    lora_linear,
+    lora_linear_reference,
+    lora_mlp,
+    lora_mlp_reference,
+    narrow_matmul,
+    tall_matmul,
+)
+from sloth_kernels.nf4 import FourBit
+from three_way import check
+
+GPU = torch.cuda.is_available()
+# Triton's kernels in the dtypes that the interpreter gets right; PyTorch's operators in every dtype.
+WAYS = [
+    pytest.param(True, torch.float32, id="fused-fp32"),
+    pytest.param(True, torch.float16, id="fused-fp16"),
+    pytest.param(True, torch.bfloat16, id="fused-bf16", marks=pytest.mark.gpu),
+    pytest.param(False, torch.float32, id="torch-fp32"),
+    pytest.param(False, torch.float16, id="torch-fp16"),
+    pytest.param(False, torch.bfloat16, id="torch-bf16"),
+]
+BASES = ["dense", "nf4", "fp4", "nf4 plain", "mixed"]
+
+
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+
+def stored(weight: torch.Tensor, base: str, i: int) -> Any:
+    """A weight on its base: 4-bit of one kind or another, or as it is."""
+    if base == "dense" or (base == "mixed" and i % 2):
+        return weight
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    quant_type = "fp4" if base == "fp4" else "nf4"
+    packed, state = functional.quantize_4bit(
+        weight, quant_type=quant_type, compress_statistics=base != "nf4 plain"
+    )
+    return FourBit(packed=packed, state=state)
+
+
+class Case:
+    """Projections of widths `ns` on an input of width `k`, and their tensors by name for `check`."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        base: str = "dense",
+        k: int = 64,
+        ns: Sequence[int] = (64, 96, 32),
+        ranks: Sequence[int] = (8, 5, 0),
+        ks: Sequence[int] | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        low_bias: bool = False,
+        bias: bool = False,
+        scaling: float = 0.5,
+        rows: tuple[int, ...] = (3, 11),
+    ) -> None:
+        self.ranks, self.scaling = ranks, scaling
+        ks = ks or [k] * len(ns)
+        make = dict(device=device, dtype=dtype)
+        own = dict(device=device, dtype=adapter_dtype or dtype)
+        self.weights = [
+            stored(randn(n, w, seed=i, scale=w**-0.5, **make), base, i)
+            for i, (n, w) in enumerate(zip(ns, ks, strict=True))
+        ]
+        self.inputs: dict[str, torch.Tensor | None] = {"x": randn(*rows, k, seed=99, **make)}
+        for i, (n, w, r) in enumerate(zip(ns, ks, ranks, strict=True)):
+            if r:
+                self.inputs[f"a{i}"] = randn(r, w, seed=10 + i, scale=w**-0.5, **own)
+                self.inputs[f"b{i}"] = randn(n, r, seed=20 + i, scale=r**-0.5, **own)
+                if low_bias:
+                    self.inputs[f"low_bias{i}"] = randn(n, seed=30 + i, **own)
+            if bias:
+                self.inputs[f"bias{i}"] = randn(n, seed=40 + i, **make)
+
+    def projections(self, tensors: dict[str, Any]) -> list[Projection]:
+        made = []
+        for i, (weight, rank) in enumerate(zip(self.weights, self.ranks, strict=True)):
+            adapter = None
+            if rank:
+                a, b, low = (tensors.get(f"{name}{i}") for name in ("a", "b", "low_bias"))
+                adapter = Adapter(a=a, b=b, bias=low, scaling=self.scaling)
+            made.append(Projection(weight=weight, bias=tensors.get(f"bias{i}"), adapter=adapter))
+        return made
+
+    def linear(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda x, **tensors: function(x, self.projections(tensors), **options)
+
+    def mlp(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda x, **tensors: function(x, *self.projections(tensors), **options)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = real(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(op.torch, "empty", poisoned)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_linear(fused, dtype, base, device):
+    case = Case(device, dtype, base=base)
+    check(case.linear(lora_linear, fused=fused), case.linear(lora_linear_reference), case.inputs)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_mlp(fused, dtype, base, device):
+    case = Case(device, dtype, base=base, ns=(128, 128, 64), ks=(64, 64, 128), ranks=(8, 4, 16))
+    options = dict(activation="silu")
+    check(case.mlp(lora_mlp, fused=fused, **options), case.mlp(lora_mlp_reference, **options), case.inputs)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("ranks", [(1, 0, 0), (0, 0, 0), (16, 16, 16), (3, 130, 64), (256, 0, 1)], ids=str)
+def test_ranks(ranks, base, device):
+    case = Case(device, torch.float32, base=base, ranks=ranks)
+    check(case.linear(lora_linear), case.linear(lora_linear_reference), case.inputs)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_biases_and_activations(activation, base, device):
+    make = dict(base=base, ns=(128, 128, 64), ks=(64, 64, 128), ranks=(8, 0, 4), bias=True, low_bias=True)
+    case = Case(device, torch.float32, **make)
+    options = dict(activation=activation)
+    check(case.mlp(lora_mlp, **options), case.mlp(lora_mlp_reference, **options), case.inputs)
+    case = Case(device, torch.float32, base=base, bias=True, low_bias=True, rows=(1,))
+    check(case.linear(lora_linear), case.linear(lora_linear_reference), case.inputs)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("fused", "dtype"), [way for way in WAYS if way.values[1] != torch.float32])
+def test_float32_adapters_of_a_narrower_base(fused, dtype, autocast, base, device):
+    if autocast and device.type == "cpu" and dtype == torch.float16 and not fused:
+        pytest.skip("PyTorch's CPU autocast to float16 is no training mode")
+    case = Case(device, dtype, base=base, adapter_dtype=torch.float32)
+    with torch.autocast(device.type, dtype=dtype) if autocast else nullcontext():
+        check(case.linear(lora_linear, fused=fused), case.linear(lora_linear_reference), case.inputs)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_only_what_is_needed(base, device):
+    """Frozen adapters, an input without a gradient, an output that nothing uses."""
+    case = Case(device, torch.float32, base=base)
+    run = case.linear(lora_linear), case.linear(lora_linear_reference)
+    check(*run, case.inputs, frozen=["a0", "b1"])
+    ups = [randn(3, 11, n, seed=5 + n, dtype=torch.float32, device=device) for n in (64, 96, 32)]
+    check(*run, case.inputs, frozen=["x"], upstream=[*ups[:2], None])
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    outputs = run[0](**leaves)
+    used = torch.autograd.grad(outputs[0], list(leaves.values()), ups[0], allow_unused=True)
+    plain = torch.autograd.grad(run[1](**leaves)[0], list(leaves.values()), ups[0], allow_unused=True)
+    for got, want in zip(used, plain, strict=True):
+        torch.testing.assert_close(torch.zeros_like(got) if want is None else want, got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_second_derivatives(base, device):
+    case = Case(device, torch.float32, base=base, ns=(64,), ranks=(4,))
+    results = []
+    for function in (lora_linear, lora_linear_reference):
+        leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+        (y,) = case.linear(function)(**leaves)
+        first = torch.autograd.grad(y.pow(2).sum(), list(leaves.values()), create_graph=True)
+        total = sum(g.pow(2).sum() for g in first)
+        results.append([*first, *torch.autograd.grad(total, list(leaves.values()))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_second_backward(base, device):
+    case = Case(device, torch.float32, base=base, ns=(128, 128, 64), ks=(64, 64, 128), ranks=(8, 4, 16))
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    y = case.mlp(lora_mlp, activation="silu")(**leaves)
+    first, second = (torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_dropout(base, device):
+    """The same zeros in forward and backward: gradients are those of the function with these zeros."""
+    case = Case(device, torch.float32, base=base, ranks=(8, 4, 2))
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    projections = [
+        Projection(
+            weight=p.weight,
+            adapter=Adapter(a=p.adapter.a, b=p.adapter.b, scaling=0.5, dropout=rate),
+        )
+        for p, rate in zip(case.projections(leaves), (0.5, 0.0, 0.2), strict=True)
+    ]
+    results = []
+    for function in (lora_linear, lora_linear_reference):
+        torch.manual_seed(5)
+        outputs = function(leaves["x"], projections)
+        total = sum((y * y).sum() for y in outputs)
+        results.append([*outputs, *torch.autograd.grad(total, list(leaves.values()))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(6)
+    assert not torch.equal(lora_linear(leaves["x"], projections)[0], results[0][0])
+
+
+def test_dropout_is_unbiased_and_of_the_asked_rate(device):
+    x = torch.ones(64, 64, device=device)
+    weight = torch.zeros(64, 64, device=device)
+    eye = torch.eye(64, device=device)
+    adapter = Adapter(a=eye, b=eye, scaling=1.0, dropout=0.25)
+    torch.manual_seed(0)
+    (y,) = lora_linear(x, [Projection(weight=weight, adapter=adapter)])
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert abs((y == 0).float().mean().item() - 0.25) < 0.03
+
+
+SMALL = [(1, 1, 1), (5, 64, 3), (130, 257, 20), (67, 96, 200)]
+LARGE = [(t, 4096, r) for t in (1, 64, 2062) for r in (16, 48, 64, 96, 128, 256)]
+
+
+@pytest.mark.parametrize("shape", SMALL + [pytest.param(s, marks=pytest.mark.gpu) for s in LARGE], ids=str)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS[:3])
+def test_narrow_and_tall(fused, dtype, shape, device):
+    t, k, r = shape
+    x = randn(t, k + 3, seed=1, dtype=dtype, device=device)[:, :k]
+    w = randn(k, r, seed=2, dtype=dtype, device=device).t()
+    copy = torch.full((t, k + r + 2), float("nan"), dtype=dtype, device=device)
+    p = narrow_matmul(x, w, copy[:, :k], copy[:, k : k + r])
+    tolerance = 2e-3 if dtype == torch.float16 else 2e-2 if dtype == torch.bfloat16 else 1e-5
+    wanted = x.double() @ w.double().t()
+    torch.testing.assert_close(p.double(), wanted, rtol=tolerance, atol=tolerance * k**0.5)
+    assert torch.equal(copy[:, :k], x) and torch.equal(copy[:, k : k + r], p)
+    assert copy[:, k + r :].isnan().all()
+    for transposed in (False, True):
+        got = tall_matmul(x, p, transposed=transposed, dtype=torch.float32)
+        want = x.double().t() @ p.double()
+        want = want.t() if transposed else want
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2])
+def test_a_small_update_survives(size, device):
+    """Eager adds a small term to an output that is rounded already; what is lost there is kept here."""
+    dtype, k, n = torch.bfloat16, 512, 512
+    fused = GPU  # PyTorch's operators keep it as well: the low-rank term first, the matmul added to it
+    x = randn(256, k, seed=1, dtype=dtype, device=device)
+    weight = stored(randn(n, k, seed=2, dtype=dtype, device=device, scale=k**-0.5), "nf4", 0)
+    a = randn(16, k, seed=3, dtype=dtype, device=device, scale=k**-0.5)
+    b = randn(n, 16, seed=4, dtype=dtype, device=device, scale=size)
+    on = [Projection(weight=weight, adapter=Adapter(a=a, b=b, scaling=1.0))]
+    base = op.expand_4bit_reference(weight).double()
+    term = x.double() @ a.double().t() @ b.double().t()
+
+    def kept(y: torch.Tensor) -> float:
+        return float(((y.double() - x.double() @ base.t()) * term).sum() / (term * term).sum())
+
+    ours = kept(lora_linear(x, on, fused=fused)[0])
+    eager = kept(lora_linear_reference(x, on)[0])
+    assert 0.9 < ours < 1.1
+    if size == 1e-4:
+        assert eager < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("rows", [(2, 1031), (1, 1)], ids=str)
+def test_real_shapes(rows, base, device):
+    make = dict(base=base, k=4096, rows=rows, adapter_dtype=torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        case = Case(device, torch.bfloat16, ns=(4096, 1024, 1024), ranks=(16, 16, 64), **make)
+        check(case.linear(lora_linear), case.linear(lora_linear_reference), case.inputs)
+        widths = dict(ns=(6144, 6144, 4096), ks=(4096, 4096, 6144), ranks=(16, 16, 16))
+        case = Case(device, torch.bfloat16, **widths, **make)
+        options = dict(activation="silu")
+        check(case.mlp(lora_mlp, **options), case.mlp(lora_mlp_reference, **options), case.inputs)
+
+
+def test_bad_input(device):
+    case = Case(device, torch.float32)
+    projections = case.projections(case.inputs)
+    x = case.inputs["x"]
+    with pytest.raises(ValueError, match="expected x"):
+        lora_linear(x[..., :5], projections)
+    with pytest.raises(ValueError, match="projections is empty"):
+        lora_linear(x, [])
+    wrong = Adapter(a=case.inputs["a0"], b=case.inputs["b1"], scaling=1.0)
+    with pytest.raises(ValueError, match="adapter 0"):
+        lora_linear(x, [Projection(weight=case.weights[0], adapter=wrong)])
+    wild = Adapter(a=case.inputs["a0"], b=case.inputs["b0"], scaling=1.0, dropout=1.0)
+    with pytest.raises(ValueError, match=r"dropout=1.0: allowed is 0 <= dropout < 1"):
+        lora_linear(x, [Projection(weight=case.weights[0], adapter=wild)])
+    with pytest.raises(ValueError, match="activation 'relu'"):
+        lora_mlp(x, *projections, activation="relu")
+    with pytest.raises(ValueError, match="expected \\(I, K\\)"):
+        lora_mlp(x, *projections, activation="silu")
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0)], ids=str)
+def test_no_tokens(rows, device):
+    case = Case(device, torch.float32, rows=rows)
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    outputs = case.linear(lora_linear)(**leaves)
+    assert [tuple(y.shape) for y in outputs] == [(*rows, n) for n in (64, 96, 32)]
+    gradients = torch.autograd.grad(sum(y.sum() for y in outputs), list(leaves.values()))
+    assert all(not g.any() for g in gradients)
