@@ -104,8 +104,9 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for action in self._finder.actions.pop(module.__name__, []):
-            _run(action, module)
+        while actions := self._finder.actions.pop(module.__name__, None):  # an action may add another
+            for action in actions:
+                _run(action, module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

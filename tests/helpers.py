@@ -115,7 +115,7 @@ def relative_difference(some: Sequence[float], others: Sequence[float]) -> float
 
 
 class CountingKernels:
-    """Offers the built-in kernels (Triton's on a GPU, else the references) and counts their calls."""
+    """Offers the built-in kernels (Triton's for a model on a GPU, else the references) and counts their calls."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -124,16 +124,16 @@ class CountingKernels:
     def sloth_register_kernels(self) -> list[sloth.KernelSpec]:
         from sloth_kernels.plugin import sloth_register_kernels
 
-        backend = "triton" if torch.cuda.is_available() else "torch"
+        backends = {"torch", "triton"} if torch.cuda.is_available() else {"torch"}
         return [
             dataclasses.replace(
                 kernel,
-                name=f"counting.{kernel.op}",
+                name=f"counting.{kernel.backend}.{kernel.op}",
                 backend="counting",
                 function=self._counted(kernel.op, kernel.function),
             )
             for kernel in sloth_register_kernels()
-            if kernel.backend == backend
+            if kernel.backend in backends
         ]
 
     def _counted(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:

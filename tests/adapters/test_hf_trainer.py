@@ -30,6 +30,11 @@ SITES = {
     "llama": {"rms_norm": 5, "gated_mlp": 2, "rope": 2},
     "qwen3": {"rms_norm": 5, "gated_mlp": 2, "qk_norm_rope": 6},
 }
+# A tiny model's with LoRA on every linear layer: four of an attention, and a whole MLP.
+LORA_SITES = {
+    family: {op: n for op, n in sites.items() if op != "gated_mlp"} | {"lora_linear": 8, "lora_mlp": 2}
+    for family, sites in SITES.items()
+}
 FIGURES = {"sloth/tokens_per_s", "sloth/peak_bytes", "sloth/patched", "sloth/skipped"}
 Row = dict[str, torch.Tensor]
 
@@ -280,9 +285,9 @@ def test_trains_as_without_it(tmp_path: Path, family: str, case: str, kernel_cal
     assert not kernel_calls
     callback = SlothCallback()
     got, state = run(callback)
-    assert ops(callback.acceleration) == SITES[family]
+    assert ops(callback.acceleration) == (LORA_SITES if adapt is lora else SITES)[family]
     passes = changes.get("gradient_accumulation_steps", 1) * (2 if "recompute" in case else 1)
-    assert kernel_calls["gated_mlp"] == 2 * 4 * passes
+    assert kernel_calls["lora_mlp" if adapt is lora else "gated_mlp"] == 2 * 4 * passes
     assert relative_difference(got, plain) <= FORMULA_TOLERANCE[precision]
     assert list(state) == list(plain_state)
     frozen = [name for name in state if adapt is lora and "lora_" not in name]

@@ -258,7 +258,7 @@ class Figures:
         figures = {
             "sloth/patched": float(sum(len(r.patched) for r in reports)),
             "sloth/skipped": float(sum(len(r.skipped) for r in reports)),
-            "sloth/peak_bytes": float(peak_bytes()),
+            "sloth/peak_bytes": float(peak_bytes(self._accelerations)),
         }
         return figures if rate is None else {"sloth/tokens_per_s": round(rate, 1), **figures}
 
@@ -269,9 +269,10 @@ def _compiled_type() -> type[nn.Module]:
     return OptimizedModule
 
 
-def peak_bytes() -> int:
+def peak_bytes(accelerations: list[sloth.Acceleration]) -> int:
     """The most memory so far: allocated on the current CUDA device; on a CPU, this process's resident set."""
-    if torch.cuda.is_available():
+    models = [a.model for a in accelerations if a.model is not None]
+    if any(p.is_cuda for model in models for p in model.parameters()):
         return torch.cuda.max_memory_allocated()
     import resource
 
