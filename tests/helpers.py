@@ -115,7 +115,7 @@ def relative_difference(some: Sequence[float], others: Sequence[float]) -> float
 
 
 class CountingKernels:
-    """Offers the built-in kernels (Triton's for a model on a GPU, else the references) and counts their calls."""
+    """Offers the built-in kernels (Triton's for a model on a GPU, else the others); counts their calls."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
