@@ -97,24 +97,39 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
     kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
     otherwise, and where Triton's interface has changed, the ordinary way stays. For kernels that read nothing
-    they write, since that one launch is repeated.
+    they write, since that one launch is repeated. The first argument is a tensor and says on which device.
     """
-    if INTERPRETED or id(kernel) in _NO_SHORT_WAY:
+    if INTERPRETED:
         kernel[grid](*args, num_warps=num_warps, **constants)
         return
-    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values(), *map(_argument_key, args))
+    device = args[0].get_device()
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *args, num_warps=num_warps, **constants)
+        return
+    identity = id(kernel)
+    key = (
+        identity,
+        device,
+        num_warps,
+        *constants.values(),
+        # 1 and 1.0 and True are equal as keys, and not to Triton.
+        *[(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else (type(a), a) for a in args],
+    )
     known = _COMPILED.get(key)
     if known is not None:
         compiled, tail = known
         compiled[(*grid, 1, 1)[:3]](*args, *tail)
         return
     compiled = kernel[grid](*args, num_warps=num_warps, **constants)
+    if identity in _NO_SHORT_WAY:
+        return
     try:
         tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if id(kernel) not in _SHORT_WAY and not _prove_short_way(kernel, compiled, grid, args, tail):
+        if identity not in _SHORT_WAY and not _prove_short_way(kernel, compiled, grid, args, tail):
             return
     except Exception:  # whatever a Triton that we don't know does: the ordinary way has run and stays
-        _NO_SHORT_WAY.add(id(kernel))
+        _NO_SHORT_WAY.add(identity)
         return
     if len(_COMPILED) >= _MOST_COMPILED:
         _COMPILED.clear()  # a run whose shapes never repeat
@@ -126,14 +141,7 @@ _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 10_000
 _SHORT_WAY: set[int] = set()
 _NO_SHORT_WAY: set[int] = set()
-_SMALL_ELEMENTS = 2**22
-
-
-def _argument_key(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    # 1 and 1.0 and True are equal as keys, and not to Triton.
-    return type(argument), argument
+_FEW_BYTES = 2**29
 
 
 def _prove_short_way(
@@ -141,7 +149,7 @@ def _prove_short_way(
 ) -> bool:
     """Whether the short way leaves in every tensor what the ordinary one has just left there."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    if sum(t.numel() for t in tensors) > _SMALL_ELEMENTS or torch.cuda.is_current_stream_capturing():
+    if sum(t.nbytes for t in tensors) > _FEW_BYTES or torch.cuda.is_current_stream_capturing():
         return False  # at another call
     before = [t.contiguous().clone() for t in tensors]
     compiled[(*grid, 1, 1)[:3]](*args, *tail)

@@ -174,20 +174,19 @@ def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str, **constan
         strides = [x.stride(0) for x in tensors]
         block = _block(width)
         grid = rows * -(-width // block)
-    with torch.cuda.device_of(tensors[0]):
-        launch(
-            kernel,
-            (grid,),
-            *tensors,
-            total,
-            *strides,
-            N=width,
-            ACTIVATION=activation,
-            FLAT=flat,
-            BLOCK=block,
-            **constants,
-            num_warps=max(1, block // (32 * per_thread)),
-        )
+    launch(
+        kernel,
+        (grid,),
+        *tensors,
+        total,
+        *strides,
+        N=width,
+        ACTIVATION=activation,
+        FLAT=flat,
+        BLOCK=block,
+        **constants,
+        num_warps=max(1, block // (32 * per_thread)),
+    )
 
 
 def gated_activation_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -214,28 +214,27 @@ def layer_norm_fwd(
         return y, mean, rstd
     rows = as_rows(x)
     tile = row_tile(rows.rows, rows.width, **TWO_SUMS)
-    with torch.cuda.device_of(x):
-        launch(
-            layer_norm_fwd_kernel,
-            (tile.programs,),
-            rows.tensors[0],
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            mean,
-            rstd,
-            rows.rows,
-            *rows.sizes,
-            *rows.strides[0],
-            eps,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            LEVELS=rows.levels,
-            N=rows.width,
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-        )
+    launch(
+        layer_norm_fwd_kernel,
+        (tile.programs,),
+        rows.tensors[0],
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        y,
+        mean,
+        rstd,
+        rows.rows,
+        *rows.sizes,
+        *rows.strides[0],
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        LEVELS=rows.levels,
+        N=rows.width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
     return y, mean, rstd
 
 
@@ -263,37 +262,36 @@ def layer_norm_bwd(
     rows = as_rows(dy, x)
     summing = weight_grad or bias_dtype is not None
     tile = persistent_tile(rows.rows, width, x.device) if summing else row_tile(rows.rows, width, **TWO_SUMS)
-    with torch.cuda.device_of(x):
-        wanted = [dtype is not None for dtype in dtypes]
-        partial = torch.empty(sum(wanted), tile.programs, width, dtype=torch.float32, device=x.device)
-        parts = iter(partial)
-        partials = [next(parts) if each else None for each in wanted]
-        launch(
-            layer_norm_bwd_kernel,
-            (tile.programs,),
-            *rows.tensors,
-            None if weight is None else weight.contiguous(),
-            mean,
-            rstd,
-            dx,
-            *partials,
-            rows.rows,
-            *rows.sizes,
-            *rows.strides[0],
-            *rows.strides[1],
-            HAS_WEIGHT=weight is not None,
-            WEIGHT_GRAD=weight_grad,
-            BIAS_GRAD=bias_dtype is not None,
-            PREFETCH=tile.prefetch,
-            LEVELS=rows.levels,
-            N=width,
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-        )
-        if not summing:
-            return dx, no_gradient(x), no_gradient(x)
-        dweight, dbias = sum_partials(partial, dtypes, x)
+    wanted = [dtype is not None for dtype in dtypes]
+    partial = torch.empty(sum(wanted), tile.programs, width, dtype=torch.float32, device=x.device)
+    parts = iter(partial)
+    partials = [next(parts) if each else None for each in wanted]
+    launch(
+        layer_norm_bwd_kernel,
+        (tile.programs,),
+        *rows.tensors,
+        None if weight is None else weight.contiguous(),
+        mean,
+        rstd,
+        dx,
+        *partials,
+        rows.rows,
+        *rows.sizes,
+        *rows.strides[0],
+        *rows.strides[1],
+        HAS_WEIGHT=weight is not None,
+        WEIGHT_GRAD=weight_grad,
+        BIAS_GRAD=bias_dtype is not None,
+        PREFETCH=tile.prefetch,
+        LEVELS=rows.levels,
+        N=width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    if not summing:
+        return dx, no_gradient(x), no_gradient(x)
+    dweight, dbias = sum_partials(partial, dtypes, x)
     return dx, dweight, dbias
 
 

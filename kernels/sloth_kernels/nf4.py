@@ -10,6 +10,9 @@ scale are rounded apart (no fused multiply-add), as its two kernels do.
 Storage: byte i holds weight 2i in its high nibble and 2i + 1 in its low one, row after row of (N, K);
 K must be even here. Bytes that must move for a bf16 result: 2.5 a weight, and 1/64 for nested scales.
 
+`extend_4bit` does it for several weights at once, each with the low-rank factors of an adapter beside it, as
+the matmuls of `lora` want them.
+
 [1] Dettmers et al., QLoRA, arXiv:2305.14314
 """
 
@@ -18,17 +21,21 @@ K must be even here. Bytes that must move for a bf16 result: 2.5 a weight, and 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sloth_kernels._library import INTERPRETED, launch, tl, triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# Four bytes a thread are one 16-byte store of bf16 results; several such loads before the first use.
+# One 32-bit word a thread is one 16-byte store of bf16 results; four such words before the first use.
 WARPS = 4
-UNROLL = 4
+TILE = WARPS * 32
+WORDS = 4 * TILE  # a program
+PACK_BLOCK = 1024
+_MOST_TABLES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,36 +92,236 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     BLOCKSIZE2: tl.constexpr,
     NESTED: tl.constexpr,
     ROUND: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
-    """BLOCK * UNROLL bytes a program; ROUND is the dtype that bitsandbytes rounds to first."""
-    first = tl.program_id(0) * (BLOCK * UNROLL)
-    for i in tl.static_range(UNROLL):
-        at = first + i * BLOCK + tl.arange(0, BLOCK)
-        inside = at < total
-        byte = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
-        block = at // HALF_BLOCKSIZE
+    """BLOCK bytes a program, to any dtype; ROUND is the dtype that bitsandbytes rounds to first."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    byte = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
+    scale = _scale(
+        at, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, HALF_BLOCKSIZE, BLOCKSIZE2, NESTED
+    )
+    even = (tl.load(code_ptr + (byte >> 4)) * scale).to(ROUND)
+    odd = (tl.load(code_ptr + (byte & 15)) * scale).to(ROUND)
+    row = at // HALF_K
+    column = at - row * HALF_K
+    to = out_ptr + row.to(tl.int64) * out_stride + 2 * column
+    tl.store(to, even.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + 1, odd.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale(  # type: ignore[no-untyped-def]
+    at,
+    inside,
+    absmax_ptr,
+    absmax2_ptr,
+    code2_ptr,
+    offset_ptr,
+    A_BLOCK: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """The scales of what is stored at `at`; A_BLOCK of that have one scale."""
+    block = at // A_BLOCK
+    if NESTED:
+        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        outer = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, other=0.0)
+        scale = tl.load(code2_ptr + coded) * outer + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    return scale
+
+
+@triton.jit
+def _pair(byte, scale, code_ptr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The two 16-bit weights of a byte as one 32-bit word."""
+    even = (tl.load(code_ptr + (byte >> 4)) * scale).to(ROUND).to(tl.uint16, bitcast=True)
+    odd = (tl.load(code_ptr + (byte & 15)) * scale).to(ROUND).to(tl.uint16, bitcast=True)
+    return (odd.to(tl.uint32) << 16) | even.to(tl.uint32)
+
+
+@triton.jit
+def _store_words(  # type: ignore[no-untyped-def]
+    at, inside, word, scale, code_ptr, out_ptr, out_stride, A_ROW: tl.constexpr, ROUND: tl.constexpr
+):
+    """Eight weights of each word into rows of out (32-bit words, out_stride apart)."""
+    row = at // A_ROW
+    column = at - row * A_ROW
+    low = tl.join(
+        _pair(word & 255, scale, code_ptr, ROUND), _pair((word >> 16) & 255, scale, code_ptr, ROUND)
+    )
+    high = tl.join(
+        _pair((word >> 8) & 255, scale, code_ptr, ROUND), _pair((word >> 24) & 255, scale, code_ptr, ROUND)
+    )
+    pairs = tl.reshape(tl.join(low, high), (word.shape[0], 4))
+    to = out_ptr + (row.to(tl.int64) * out_stride + column * 4)[:, None] + tl.arange(0, 4)[None, :]
+    tl.store(to, pairs, mask=inside[:, None])
+
+
+@triton.jit
+def _expand_words(  # type: ignore[no-untyped-def]
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    absmax2_ptr,
+    code2_ptr,
+    offset_ptr,
+    out_ptr,
+    first,
+    total,
+    out_stride,
+    A_ROW: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Four tiles of words from `first` on: all loads, then all stores."""
+    a0 = first + tl.arange(0, TILE)
+    a1 = a0 + TILE
+    a2 = a1 + TILE
+    a3 = a2 + TILE
+    i0 = a0 < total
+    i1 = a1 < total
+    i2 = a2 < total
+    i3 = a3 < total
+    w0 = tl.load(packed_ptr + a0, mask=i0, other=0)
+    w1 = tl.load(packed_ptr + a1, mask=i1, other=0)
+    w2 = tl.load(packed_ptr + a2, mask=i2, other=0)
+    w3 = tl.load(packed_ptr + a3, mask=i3, other=0)
+    s0 = _scale(a0, i0, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, A_BLOCK, BLOCKSIZE2, NESTED)
+    s1 = _scale(a1, i1, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, A_BLOCK, BLOCKSIZE2, NESTED)
+    s2 = _scale(a2, i2, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, A_BLOCK, BLOCKSIZE2, NESTED)
+    s3 = _scale(a3, i3, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, A_BLOCK, BLOCKSIZE2, NESTED)
+    _store_words(a0, i0, w0, s0, code_ptr, out_ptr, out_stride, A_ROW, ROUND)
+    _store_words(a1, i1, w1, s1, code_ptr, out_ptr, out_stride, A_ROW, ROUND)
+    _store_words(a2, i2, w2, s2, code_ptr, out_ptr, out_stride, A_ROW, ROUND)
+    _store_words(a3, i3, w3, s3, code_ptr, out_ptr, out_stride, A_ROW, ROUND)
+
+
+@triton.jit
+def _expand_16_bit_kernel(  # type: ignore[no-untyped-def]
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    absmax2_ptr,
+    code2_ptr,
+    offset_ptr,
+    out_ptr,
+    total,
+    out_stride,
+    A_ROW: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Four tiles of words a program."""
+    _expand_words(
+        packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True),
+        absmax_ptr,
+        code_ptr,
+        absmax2_ptr,
+        code2_ptr,
+        offset_ptr,
+        out_ptr.to(tl.pointer_type(tl.uint32), bitcast=True),
+        tl.program_id(0) * (4 * TILE),
+        total,
+        out_stride // 2,
+        A_ROW,
+        A_BLOCK,
+        BLOCKSIZE2,
+        NESTED,
+        ROUND,
+        TILE,
+    )
+
+
+# Columns of a table of `extend_4bit`: the first programs of a part, then its pointers, then its numbers.
+_FIELDS = (
+    *("expand_from", "b_from", "a_from"),
+    *("packed", "absmax", "code", "absmax2", "code2", "offset", "a", "b"),
+    *("start", "width", "column", "rank", "padded", "a_stride", "b_stride"),
+)
+
+
+@triton.jit
+def _extend_kernel(  # type: ignore[no-untyped-def]
+    table_ptr,
+    out_ptr,
+    n,
+    out_stride,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PARTS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A share of one part: of its weight, of b beside it, or of a below the weights."""
+    program = tl.program_id(0)
+    part = 0
+    for i in tl.static_range(1, PARTS):
+        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
+    own = table_ptr + part * FIELDS
+    b_from = tl.load(own + 1)
+    a_from = tl.load(own + 2)
+    start = tl.load(own + 11)
+    if program < b_from:
         if NESTED:
-            coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-            outer = tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=inside, other=0.0)
-            scale = tl.load(code2_ptr + coded) * outer + tl.load(offset_ptr)
+            absmax_ptr = tl.load(own + 4).to(tl.pointer_type(tl.uint8))
         else:
-            scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-        even = (tl.load(code_ptr + (byte >> 4)) * scale).to(ROUND)
-        odd = (tl.load(code_ptr + (byte & 15)) * scale).to(ROUND)
-        row = at // HALF_K
-        column = at - row * HALF_K
-        if PAIRS:  # two 16-bit values as one 32-bit word
-            low = even.to(tl.uint16, bitcast=True).to(tl.uint32)
-            high = odd.to(tl.uint16, bitcast=True).to(tl.uint32)
-            words = out_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-            tl.store(words + row.to(tl.int64) * (out_stride // 2) + column, (high << 16) | low, mask=inside)
-        else:
-            to = out_ptr + row.to(tl.int64) * out_stride + 2 * column
-            tl.store(to, even.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(to + 1, odd.to(out_ptr.dtype.element_ty), mask=inside)
+            absmax_ptr = tl.load(own + 4).to(tl.pointer_type(tl.float32))
+        width = tl.load(own + 12)
+        _expand_words(
+            tl.load(own + 3).to(tl.pointer_type(tl.int32)),
+            absmax_ptr,
+            tl.load(own + 5).to(tl.pointer_type(tl.float32)),
+            tl.load(own + 6).to(tl.pointer_type(tl.float32)),
+            tl.load(own + 7).to(tl.pointer_type(tl.float32)),
+            tl.load(own + 8).to(tl.pointer_type(tl.float32)),
+            out_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + start * (out_stride // 2),
+            (program - tl.load(own)).to(tl.int32) * (4 * TILE),
+            (width * (K // 8)).to(tl.int32),
+            out_stride // 2,
+            K // 8,
+            BLOCKSIZE // 8,
+            BLOCKSIZE2,
+            NESTED,
+            ROUND,
+            TILE,
+        )
+    elif program < a_from:
+        width = tl.load(own + 12)
+        first = tl.load(own + 13)
+        rank = tl.load(own + 14)
+        b_ptr = tl.load(own + 10).to(tl.pointer_type(FACTOR))
+        at = (program - b_from) * BLOCK + tl.arange(0, BLOCK)
+        row = at // COLUMNS
+        column = at - row * COLUMNS
+        filled = (row < width) & (column >= first) & (column < first + rank)
+        b = tl.load(b_ptr + row * tl.load(own + 17) + column - first, mask=filled, other=0.0)
+        b_to = out_ptr + (start + row) * out_stride + K + column
+        tl.store(b_to, b.to(out_ptr.dtype.element_ty), mask=row < width)
+    else:
+        a_first = tl.load(own + 13)
+        a_rank = tl.load(own + 14)
+        padded = tl.load(own + 15)
+        a_ptr = tl.load(own + 9).to(tl.pointer_type(FACTOR))
+        a_at = (program - a_from) * BLOCK + tl.arange(0, BLOCK)
+        a_row = a_at // K
+        k = a_at - a_row * K
+        a = tl.load(a_ptr + a_row * tl.load(own + 16) + k, mask=a_row < a_rank, other=0.0)
+        to = out_ptr + (n + a_first + a_row).to(tl.int64) * out_stride + k
+        tl.store(to, a.to(out_ptr.dtype.element_ty), mask=a_row < padded)
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -136,38 +343,157 @@ def expand_4bit(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(expand_4bit_reference(weight))
     state = weight.state
     n, k = out.shape
-    packed = weight.packed.view(torch.uint8)
     inner = state.state2
-    nested = () if inner is None else (inner.absmax, inner.code, state.offset)
-    absmax2, code2, offset = nested or (state.absmax, state.absmax, state.absmax)
-    pairs = out.element_size() == 2 and out.dtype == state.dtype and out.stride(0) % 2 == 0
-    pairs = pairs and out.data_ptr() % 4 == 0
-    block = WARPS * 32 * 4
-    with torch.cuda.device_of(out):
+    nested = (state.absmax,) * 3 if inner is None else (inner.absmax, inner.code, state.offset)
+    tensors = weight.packed.view(torch.uint8), state.absmax, state.code, *nested, out
+    shared = dict(
+        BLOCKSIZE2=1 if inner is None else inner.blocksize,
+        NESTED=inner is not None,
+        ROUND=_TRITON_DTYPES[state.dtype],
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    if out.dtype == state.dtype and _in_words(weight) and out.stride(0) % 2 == 0 and out.data_ptr() % 4 == 0:
+        launch(
+            _expand_16_bit_kernel,
+            (-(-n * k // (8 * WORDS)),),
+            *tensors,
+            n * k // 8,
+            out.stride(0),
+            A_ROW=k // 8,
+            A_BLOCK=state.blocksize // 8,
+            TILE=TILE,
+            **shared,
+        )
+    else:
         launch(
             _expand_kernel,
-            (-(-(n * k // 2) // (block * UNROLL)),),
-            packed,
-            state.absmax,
-            state.code,
-            absmax2,
-            code2,
-            offset,
-            out,
+            (-(-n * k // (2 * WORDS)),),
+            *tensors,
             n * k // 2,
             out.stride(0),
             HALF_K=k // 2,
             HALF_BLOCKSIZE=state.blocksize // 2,
-            BLOCKSIZE2=inner.blocksize if nested else 1,
-            NESTED=bool(nested),
-            ROUND=_TRITON_DTYPES[state.dtype],
-            PAIRS=pairs,
-            BLOCK=block,
-            UNROLL=UNROLL,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
+            BLOCK=WORDS,
+            **shared,
         )
     return out
+
+
+def _in_words(weight: FourBit) -> bool:
+    """Whether a weight is of 16 bits and can be read as 32-bit words that lie in one row each."""
+    state = weight.state
+    words = state.shape[1] % 8 == 0 and weight.packed.data_ptr() % 4 == 0
+    return words and state.dtype in (torch.bfloat16, torch.float16)
+
+
+class Part(NamedTuple):
+    """A weight of `extend_4bit` and its adapter's factors a (rank, K), b (N, rank), or None for both.
+
+    column: where the adapter's columns begin among those of all; padded: how many there are, with zeros.
+    """
+
+    weight: FourBit
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    column: int
+    padded: int
+
+
+def extend_4bit(out: torch.Tensor, parts: Sequence[Part]) -> bool:
+    """Fill `out` with [W_i | b_i] of all parts, one below the other, and the a_i below these.
+
+    out: (sum of N_i + columns, at least K + columns); b_i stands in the columns of its part, zeros beside it,
+    and a_i in their rows. Nothing is written right of the a_i. One launch.
+
+    Returns False, with nothing written, where the parts differ in what one launch must have in common
+    (blocks, dtype of a and b), are not stored in out's dtype, or can't be expanded in 32-bit words.
+    """
+    first = parts[0].weight
+    k, inner = first.shape[1], first.state.state2
+    factors = [t for part in parts for t in (part.a, part.b) if t is not None]
+    dtypes = {t.dtype for t in factors}
+    if (
+        not (out.is_cuda or INTERPRETED)
+        or len(dtypes) > 1
+        or out.stride(0) % 8
+        or out.data_ptr() % 16
+        or any(t.stride(1) != 1 for t in factors)
+    ):
+        return False
+    key: list[Any] = [out.get_device(), k]
+    for weight, a, b, column, padded in parts:
+        state = weight.state
+        outer = state.state2
+        if (
+            state.dtype != out.dtype
+            or state.blocksize != first.state.blocksize
+            or (outer is None) != (inner is None)
+            or (outer is not None and outer.blocksize != inner.blocksize)
+            or weight.shape[1] != k
+        ):
+            return False
+        key += (weight.packed.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr(), state.shape[0])
+        key += (column, padded)
+        if outer is not None:
+            key += (outer.absmax.data_ptr(), outer.code.data_ptr(), state.offset.data_ptr())
+        if a is not None and b is not None:
+            key += (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
+    columns = sum(part.padded for part in parts)
+    known = _TABLES.get(entry := tuple(key))
+    if known is None:
+        if any(refuse(part.weight) or not _in_words(part.weight) for part in parts):
+            return False
+        if len(_TABLES) >= _MOST_TABLES:
+            _TABLES.clear()
+        _TABLES[entry] = known = _table(parts, columns, out.device)
+    table, programs, n = known
+    launch(
+        _extend_kernel,
+        (programs,),
+        table,
+        out,
+        n,
+        out.stride(0),
+        K=k,
+        COLUMNS=max(1, columns),
+        BLOCKSIZE=first.state.blocksize,
+        BLOCKSIZE2=1 if inner is None else inner.blocksize,
+        NESTED=inner is not None,
+        ROUND=_TRITON_DTYPES[out.dtype],
+        FACTOR=_TRITON_DTYPES[dtypes.pop()] if dtypes else tl.float32,
+        PARTS=len(parts),
+        FIELDS=len(_FIELDS),
+        TILE=TILE,
+        BLOCK=PACK_BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return True
+
+
+# A pure function of its key, which holds every address in it.
+_TABLES: dict[tuple[Any, ...], tuple[torch.Tensor, int, int]] = {}
+
+
+def _table(parts: Sequence[Part], columns: int, device: torch.device) -> tuple[torch.Tensor, int, int]:
+    """(the table, (parts, fields) int64; programs; rows of weights)."""
+    rows: list[list[int]] = []
+    programs = start = 0
+    for weight, a, b, column, padded in parts:
+        n, k = weight.shape
+        state, outer = weight.state, weight.state.state2
+        expand_from = programs
+        b_from = expand_from + -(-n * k // (8 * WORDS))
+        a_from = b_from + -(-n * columns // PACK_BLOCK)
+        programs = a_from + -(-padded * k // PACK_BLOCK)
+        nested = (0, 0, 0) if outer is None else (outer.absmax, outer.code, state.offset)
+        pointers = (weight.packed, state.absmax, state.code, *nested, a, b)
+        addresses = [t.data_ptr() if isinstance(t, torch.Tensor) else 0 for t in pointers]
+        low = (0, 0, 0) if a is None or b is None else (a.shape[0], a.stride(0), b.stride(0))
+        rows.append([expand_from, b_from, a_from, *addresses, start, n, column, low[0], padded, *low[1:]])
+        start += n
+    return torch.tensor(rows, dtype=torch.int64).to(device), programs, start
 
 
 def expand_4bit_reference(weight: FourBit) -> torch.Tensor:

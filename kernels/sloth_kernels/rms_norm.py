@@ -481,31 +481,30 @@ def launch_fwd(
         return y, summed, rstd
     rows = as_rows(x, residual)
     tile = row_tile(rows.rows, rows.width)
-    with torch.cuda.device_of(x):
-        launch(
-            rms_norm_fwd_kernel,
-            (tile.programs,),
-            rows.tensors[0],
-            rows.tensors[1],
-            None if weight is None else weight.contiguous(),
-            y,
-            summed,
-            rstd,
-            rows.rows,
-            *rows.sizes,
-            *rows.strides[0],
-            *rows.strides[1],
-            eps,
-            OFFSET=offset,
-            CAST_BEFORE_WEIGHT=cast_before_weight,
-            HAS_WEIGHT=weight is not None,
-            HAS_RESIDUAL=residual is not None,
-            LEVELS=rows.levels,
-            N=rows.width,
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-        )
+    launch(
+        rms_norm_fwd_kernel,
+        (tile.programs,),
+        rows.tensors[0],
+        rows.tensors[1],
+        None if weight is None else weight.contiguous(),
+        y,
+        summed,
+        rstd,
+        rows.rows,
+        *rows.sizes,
+        *rows.strides[0],
+        *rows.strides[1],
+        eps,
+        OFFSET=offset,
+        CAST_BEFORE_WEIGHT=cast_before_weight,
+        HAS_WEIGHT=weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        LEVELS=rows.levels,
+        N=rows.width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
     return y, summed, rstd
 
 
@@ -527,37 +526,36 @@ def launch_bwd(
     tile = (
         persistent_tile(rows.rows, rows.width, x.device) if weight_grad else row_tile(rows.rows, rows.width)
     )
-    with torch.cuda.device_of(x):
-        partial = None
-        if weight_grad:
-            partial = torch.empty(1, tile.programs, rows.width, dtype=torch.float32, device=x.device)
-        launch(
-            rms_norm_bwd_kernel,
-            (tile.programs,),
-            *rows.tensors,
-            None if weight is None else weight.contiguous(),
-            rstd,
-            dx,
-            partial,
-            rows.rows,
-            *rows.sizes,
-            *rows.strides[0],
-            *rows.strides[1],
-            *rows.strides[2],
-            OFFSET=offset,
-            HAS_WEIGHT=weight is not None,
-            HAS_DSUMMED=dsummed is not None,
-            WEIGHT_GRAD=weight_grad,
-            PREFETCH=tile.prefetch,
-            LEVELS=rows.levels,
-            N=rows.width,
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
-        )
-        if partial is None or weight is None:
-            return dx, no_gradient(x)
-        return dx, sum_partials(partial, [weight.dtype], x)[0]
+    partial = None
+    if weight_grad:
+        partial = torch.empty(1, tile.programs, rows.width, dtype=torch.float32, device=x.device)
+    launch(
+        rms_norm_bwd_kernel,
+        (tile.programs,),
+        *rows.tensors,
+        None if weight is None else weight.contiguous(),
+        rstd,
+        dx,
+        partial,
+        rows.rows,
+        *rows.sizes,
+        *rows.strides[0],
+        *rows.strides[1],
+        *rows.strides[2],
+        OFFSET=offset,
+        HAS_WEIGHT=weight is not None,
+        HAS_DSUMMED=dsummed is not None,
+        WEIGHT_GRAD=weight_grad,
+        PREFETCH=tile.prefetch,
+        LEVELS=rows.levels,
+        N=rows.width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    if partial is None or weight is None:
+        return dx, no_gradient(x)
+    return dx, sum_partials(partial, [weight.dtype], x)[0]
 
 
 def no_gradient(x: torch.Tensor) -> torch.Tensor:

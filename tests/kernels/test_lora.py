@@ -16,9 +16,8 @@ from sloth_kernels.lora import (
     lora_linear_reference,
     lora_mlp,
     lora_mlp_reference,
-    narrow_matmul,
-    tall_matmul,
 )
+from sloth_kernels.low_rank import Dropout, narrow_matmul, tall_matmul
 from sloth_kernels.nf4 import FourBit
 from three_way import check
 
@@ -202,39 +201,76 @@ def test_a_second_backward(base, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+RATES = [pytest.param(rates, id=str(rates)) for rates in ((0.5, 0.5, 0.5), (0.5, 0.0, 0.2), (0.1, 0.1, 0.0))]
+
+
+@pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_dropout(base, device):
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_dropout(fused, dtype, base, rates, device):
     """The same zeros in forward and backward: gradients are those of the function with these zeros."""
-    case = Case(device, torch.float32, base=base, ranks=(8, 4, 2))
-    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
-    projections = [
-        Projection(
-            weight=p.weight,
-            adapter=Adapter(a=p.adapter.a, b=p.adapter.b, scaling=0.5, dropout=rate),
-        )
-        for p, rate in zip(case.projections(leaves), (0.5, 0.0, 0.2), strict=True)
-    ]
-    results = []
-    for function in (lora_linear, lora_linear_reference):
-        torch.manual_seed(5)
-        outputs = function(leaves["x"], projections)
-        total = sum((y * y).sum() for y in outputs)
-        results.append([*outputs, *torch.autograd.grad(total, list(leaves.values()))])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.manual_seed(6)
-    assert not torch.equal(lora_linear(leaves["x"], projections)[0], results[0][0])
+    narrow, wide = None, torch.float32  # of the adapters, which then compute in it
+    for mlp, ranks, own in ((False, (8, 5, 8), narrow), (True, (4, 8, 8), narrow), (True, (8, 8, 5), wide)):
+        sizes = dict(ns=(128, 128, 64), ks=(64, 64, 128)) if mlp else {}
+        case = Case(device, dtype, base=base, ranks=ranks, adapter_dtype=own, **sizes)
+
+        def projections(tensors, case=case):
+            for projection, rate in zip(case.projections(tensors), rates, strict=True):
+                adapter = projection.adapter
+                own = Adapter(a=adapter.a, b=adapter.b, scaling=0.5, dropout=rate)
+                yield Projection(weight=projection.weight, adapter=own)
+
+        def run(function, mlp=mlp, projections=projections, **options):
+            def call(x, **tensors):
+                torch.manual_seed(5)
+                given = list(projections(tensors))
+                return (
+                    function(x, *given, activation="silu", **options)
+                    if mlp
+                    else function(x, given, **options)
+                )
+
+            return call
+
+        ours, reference = (lora_mlp, lora_mlp_reference) if mlp else (lora_linear, lora_linear_reference)
+        check(run(ours, fused=fused), run(reference), case.inputs)
 
 
-def test_dropout_is_unbiased_and_of_the_asked_rate(device):
-    x = torch.ones(64, 64, device=device)
-    weight = torch.zeros(64, 64, device=device)
-    eye = torch.eye(64, device=device)
-    adapter = Adapter(a=eye, b=eye, scaling=1.0, dropout=0.25)
+def test_dropout_differs_from_call_to_call(device):
+    case = Case(device, torch.float32)
+    adapter = Adapter(a=case.inputs["a0"], b=case.inputs["b0"], scaling=1.0, dropout=0.5)
+    torch.manual_seed(5)
+    first, second = (
+        lora_linear(case.inputs["x"], [Projection(weight=case.weights[0], adapter=adapter)]) for _ in range(2)
+    )
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_is_of_the_asked_rate_and_independent(fused, device):
+    """Over rows, columns, adapters and neighbours: the rate, the scale, and no correlation."""
+    n, p = 512, 0.25
+    x = torch.ones(n, n, device=device, dtype=torch.float16)
+    eye = torch.eye(n, device=device, dtype=torch.float16)
     torch.manual_seed(0)
-    (y,) = lora_linear(x, [Projection(weight=weight, adapter=adapter)])
-    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert abs((y == 0).float().mean().item() - 0.25) < 0.03
+    masks = Dropout(p=p, seeds=torch.randint(2**62, (2,), device=device), width=n)
+    kept = narrow_matmul(x, torch.cat([eye, eye]), dropout=masks, fused=fused)
+    assert kept.unique().tolist() == [0.0, pytest.approx(4 / 3, rel=1e-3)]
+    zeros = (kept == 0).double()
+    spread = (p * (1 - p)) ** 0.5
+    assert abs(zeros.mean().item() - p) < 5 * spread / zeros.numel() ** 0.5
+    for dim in (0, 1):
+        means = zeros.mean(dim)
+        expected = spread / zeros.shape[dim] ** 0.5
+        assert (means - p).abs().max() < 5 * expected
+        assert 0.85 < means.std().item() / expected < 1.15
+    one, other = zeros.chunk(2, 1)
+    for first, second in (
+        *((one, other), (one[1:], one[:-1]), (one[:, 1:], one[:, :-1]), (one[:-64], one[64:])),
+        (one[:, :-128], one[:, 128:]),
+    ):
+        correlation = ((first - p) * (second - p)).mean().item() / spread**2
+        assert abs(correlation) < 5 / first.numel() ** 0.5
 
 
 SMALL = [(1, 1, 1), (5, 64, 3), (130, 257, 20), (67, 96, 200)]
