@@ -9,13 +9,17 @@
 The trainers' adapters do this for you: `sloth_hf_trainer.SlothCallback`.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from sloth_plugins.hookspecs import hookimpl
-from sloth_plugins.settings import Settings
-
+# torch loads this package when it is imported itself (`_autoload`): nothing is imported before it is needed,
+# not even typing, and type checkers take this name for typing's.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from sloth_plugins.engine import Acceleration, accelerate, plan
+    from sloth_plugins.hookspecs import hookimpl
+    from sloth_plugins.settings import Settings
     from sloth_plugins.specs import (
         BadInputError,
         ConflictError,
@@ -49,12 +53,22 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "Acceleration": "engine",
+    "Settings": "settings",
+    "accelerate": "engine",
+    "hookimpl": "hookspecs",
+    "plan": "engine",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is asked for: `sloth --help`, for one, never does."""
+    """Import a public name's module when it is asked for: `sloth --help`, for one, needs neither torch nor
+    pluggy."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sloth_plugins import engine, specs
+    import importlib
 
-    value = getattr(engine if name in ("Acceleration", "accelerate", "plan") else specs, name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'specs')}"), name)
     globals()[name] = value
     return value

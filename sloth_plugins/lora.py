@@ -18,7 +18,8 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,10 @@ from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare, undi
 
 # A larger weight is verified on its first rows, so that float64 copies stay small.
 ELEMENTS = 2**25
+# Up to as many rows without grad, a 4-bit layer is left to bitsandbytes: its gemm_4bit (0.50) multiplies by
+# the packed weight, and expanding all of it for the few rows of a batch that decodes would take longer.
+FEW_ROWS = 32
+_Prove = Callable[[Trial, Sequence["_Layer"], nn.Module], list[Comparison]]
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
 _PLAIN, _FOUR_BIT, _LORA, _OTHER = "plain", "4-bit", "lora", "other"
 _KINDS: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
@@ -79,7 +84,10 @@ def with_lora(
         if not _is_tuner_layer(module):
             continue
         try:
-            layers[name] = _layer(name, module)
+            layer = _layer(name, module)
+            if layer.adapter is None:
+                raise NotASite("it holds no adapter", benign=True)
+            layers[name] = layer
         except NotASite as reason:
             skips.append(Skip(module=name, op="lora_linear", reason=str(reason), benign=reason.benign))
     if not layers:
@@ -193,8 +201,8 @@ def _layer(name: str, module: nn.Module) -> _Layer:
     return _Layer(name=name, module=module, adapter=adapter, dtype=dtype, signature=signature)
 
 
-def _adapter_name(module: Any) -> str:
-    """The adapter to plan and prove a LoRA layer with: the active one, else the first."""
+def _adapter_name(module: Any) -> str | None:
+    """The adapter to plan and prove a LoRA layer with: the active one, else the first, if there is one."""
     kind = type(module)
     if not hasattr(module, "lora_A"):
         raise NotASite(f"PEFT's {kind.__qualname__} is no LoRA layer: nothing to fuse", benign=True)
@@ -206,7 +214,7 @@ def _adapter_name(module: Any) -> str:
         raise NotASite("its base weight is stored as (in, out) features (fan_in_fan_out)")
     names = list(module.lora_A.keys())
     if not names:
-        raise NotASite("it holds no adapter", benign=True)
+        return None
     name: str = next((n for n in module.active_adapters if n in names), names[0])
     if (variant := _variant(module, name)) is not None:
         raise NotASite(f"adapter {name!r} is {variant}: left to PEFT")
@@ -240,9 +248,6 @@ def _same_input(model: nn.Module, layers: Mapping[str, _Layer]) -> list[list[str
             seen.add(name)
             calls.append((name, args[0]))  # keeps the tensor, so that no other one can get its identity
 
-    bases: list[Any] = [layer.base for layer in layers.values() if layer.four_bit]
-    names = ("compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
-    before = [{key: vars(base)[key] for key in names if key in vars(base)} for base in bases]
     embedding = getattr(model, "get_input_embeddings", lambda: None)
     handles = []
     with undisturbed(model), torch.no_grad():
@@ -252,8 +257,6 @@ def _same_input(model: nn.Module, layers: Mapping[str, _Layer]) -> list[list[str
             for name, layer in layers.items():
                 hook = partial(note, name)
                 handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            for base in bases:  # bitsandbytes would repack a CPU's weights for inference, for good
-                base.support_avx512bf16_for_cpu = False
             try:
                 model(input_ids=ids.to(device), use_cache=False)
             except TypeError:
@@ -263,8 +266,6 @@ def _same_input(model: nn.Module, layers: Mapping[str, _Layer]) -> list[list[str
         finally:
             for handle in handles:
                 handle.remove()
-            for base, values in zip(bases, before, strict=True):
-                vars(base).update(values)
     groups: dict[tuple[str, int], list[str]] = {}
     for name, x in calls:
         groups.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
@@ -273,12 +274,19 @@ def _same_input(model: nn.Module, layers: Mapping[str, _Layer]) -> list[list[str
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """Makes the patches of one plan; `said` and `slot` are shared by their forwards."""
+    """Makes the patches of one plan; `said`, `slot` and `verdicts` are shared by their forwards."""
 
     model: nn.Module
     context: PlanContext
     said: set[str]
     slot: _Slot
+    verdicts: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def proven(self, site: str, op: str, layers: Sequence[_Layer], prove: _Prove) -> _Proven | None:
+        """What a patch of `layers` asks about adapters that are added later; None where nothing is proven."""
+        if not self.context.settings.verify:
+            return None
+        return _Proven(self.model, site, op, layers, prove, self.verdicts, self.said)
 
     def linear(
         self, layers: Mapping[str, _Layer], tuned: set[str], runs: Iterable[Sequence[str]]
@@ -306,14 +314,17 @@ class _Maker:
         first = group[0]
         site = Site(module=first.name, role="lora_linear")
         kernel = self.context.choose(site, "lora_linear")
-        forwards = _linear_forwards([layer.module for layer in group], kernel, self.said, self.slot)
+        prove = partial(_prove_linear, kernel=kernel)
+        proven = self.proven(first.name, "lora_linear", group, prove)
+        modules = [layer.module for layer in group]
+        forwards = _linear_forwards(modules, kernel, self.said, self.slot, proven)
         return Patch(
             module=first.name,
             op="lora_linear",
             kernel=kernel,
             forwards={layer.name: forward for layer, forward in zip(group, forwards, strict=True)},
             signature=("lora_linear", kernel.name, *(layer.signature for layer in group)),
-            verify=partial(_verify_linear, group=tuple(layer.name for layer in group), kernel=kernel),
+            verify=partial(_verify, site=first.name, names=[layer.name for layer in group], prove=prove),
         )
 
     def mlp(self, gated: Patch, layers: Mapping[str, _Layer], apart: Sequence[Patch]) -> Patch | None:
@@ -340,21 +351,20 @@ class _Maker:
             site, "lora_mlp"
         )
         activation = site.facts["activation"]
-        make = partial(
-            _mlp_forward, module, names, kernel, activation, gated.forwards[site.module], self.said
-        )
+        prove = partial(_prove_mlp, names=names, kernel=kernel, activation=activation)
+        proven = self.proven(site.module, "lora_mlp", children, prove)
+        otherwise = gated.forwards[site.module]
+        forward = _mlp_forward(module, names, kernel, activation, otherwise, self.said, proven)
         return Patch(
             module=site.module,
             op="lora_mlp",
             kernel=kernel,
-            forwards={site.module: make()},
+            forwards={site.module: forward},
             signature=(
                 *("lora_mlp", kernel.name, type(module), names, activation),
                 *(layer.signature for layer in children),
             ),
-            verify=partial(
-                _verify_mlp, name=site.module, names=names, kernel=kernel, activation=activation, make=make
-            ),
+            verify=partial(_verify, site=site.module, names=[layer.name for layer in children], prove=prove),
             otherwise=(gated, *apart),
         )
 
@@ -501,11 +511,106 @@ def _compute_dtype(
     if (
         (base.compute_dtype or dtype) != wanted
         or (autocast is not None and dtype not in (torch.float32, autocast))
-        or (not grad and x.numel() == x.shape[-1])  # decoding: bitsandbytes multiplies without expanding
+        or (
+            not grad
+            and x.numel() <= FEW_ROWS * x.shape[-1]
+            # Reentrant checkpointing runs without grad at first, and must drop what the recomputation drops.
+            and (projection.adapter is None or not projection.adapter.dropout)
+        )
         or projection.weight.packed.device != x.device
     ):
         return None
     return wanted
+
+
+class _Proven:
+    """Whether an adapter may run fused; one that came after the patch's proof is proven when first met.
+
+    A proof holds for the shapes and dtypes of a group's adapters, wherever they appear in the model. Where it
+    fails, these adapters are left to PEFT, with a warning and a reason in the report.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        site: str,
+        op: str,
+        layers: Sequence[_Layer],
+        prove: _Prove,
+        verdicts: dict[tuple[Any, ...], str],
+        said: set[str],
+    ) -> None:
+        self.model = weakref.ref(model)
+        self.site, self.op, self.prove = site, op, prove
+        self.verdicts, self.said = verdicts, said
+        self.known: dict[tuple[Any, ...], bool] = {}
+        for i, layer in enumerate(layers):
+            if (name := layer.adapter) is not None:
+                tuner: Any = layer.module
+                a, b = tuner.lora_A[name], tuner.lora_B[name]
+                self.known[self._key(i, a.weight, b.weight, b.bias)] = True
+
+    @staticmethod
+    def _key(i: int, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+        return i, a.shape[0], a.dtype, b.dtype, None if bias is None else bias.dtype
+
+    def __call__(
+        self, i: int, adapter: Any, modules: Callable[[], Sequence[nn.Module]], holder: nn.Module
+    ) -> bool:
+        """For the i-th layer and its active Adapter (or None); `modules` are the layers of the kernel's call,
+        `holder` the MLP around them.
+        """
+        if adapter is None:
+            return True
+        key = self._key(i, adapter.a, adapter.b, adapter.bias)
+        verdict = self.known.get(key)
+        if verdict is None:
+            # Not in a backward, whose thread the proof's own would wait for, nor into a CUDA graph.
+            capturing = adapter.a.is_cuda and torch.cuda.is_current_stream_capturing()
+            if capturing or torch._C._current_graph_task_id() != -1:
+                return False
+            verdict = self.known[key] = self._prove(modules(), holder)
+        return verdict
+
+    def _prove(self, modules: Sequence[nn.Module], holder: nn.Module) -> bool:
+        try:
+            layers = [_layer(self.site, module) for module in modules]
+        except NotASite as reason:
+            why = str(reason)
+        else:
+            signature = (self.op, *(layer.signature for layer in layers))
+            if signature not in self.verdicts:
+                # A thread of its own sees no autocast, checkpointing hooks or dispatch modes of the caller.
+                with ThreadPoolExecutor(1) as thread:
+                    self.verdicts[signature] = thread.submit(self._run, layers, holder).result()
+            why = self.verdicts[signature]
+        if why:
+            self._say(f"an adapter that came after acceleration: {why}")
+        return not why
+
+    def _run(self, layers: Sequence[_Layer], holder: nn.Module) -> str:
+        """Why the proof fails, or nothing."""
+        device = _weight_device(layers[0])
+        generator = torch.Generator(device=device).manual_seed(0x5107)
+        try:
+            with undisturbed(nn.ModuleList([layer.module for layer in layers])):
+                trial = Trial(model=holder, device=device, generator=generator)
+                comparisons = self.prove(trial, layers, holder)
+        except Exception as error:  # nothing of this may take a training step down
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        failed = "; ".join(str(comparison) for comparison in comparisons if not comparison.passed)
+        return failed and f"less accurate than the contract: {failed}"
+
+    def _say(self, reason: str) -> None:
+        from sloth_plugins.engine import _ACTIVE  # it imports this module
+
+        model = self.model()
+        acceleration = None if model is None else _ACTIVE.get(model)
+        if acceleration is not None:
+            acceleration.report.skipped.append(Skip(module=self.site, op=self.op, reason=reason))
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"sloth: {self.op} of {self.site} is left to PEFT: {reason}", stacklevel=2)
 
 
 # Groups of linear layers
@@ -540,11 +645,14 @@ class _Group:
 
 
 def _linear_forwards(
-    modules: Sequence[nn.Module], kernel: KernelSpec, said: set[str], slot: _Slot
+    modules: Sequence[nn.Module], kernel: KernelSpec, said: set[str], slot: _Slot, proven: _Proven | None
 ) -> list[Forward]:
     """The forwards of a group. Another module that gets one of them (a deep copy) computes alone."""
     group = _Group(modules)
     read, takes, function = _reader(said), _takes(kernel), kernel.function
+
+    def members() -> list[nn.Module]:
+        return [module for ref in group.refs if (module := ref()) is not None]
 
     def fused(index: int, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
@@ -563,6 +671,10 @@ def _linear_forwards(
         own = read(layer)
         if own is None or (dtype := _compute_dtype(own, x, autocast, grad)) is None:
             return None
+        if proven is not None:
+            together = members if mine else (lambda: [layer])
+            if not proven(index, own[0].adapter, together, layer):
+                return None
         items = [(index, own)]
         # Writes to an inference tensor are not counted, so nobody could tell whether it is still the same.
         if mine and not waiting and len(group.refs) > 1 and not x.is_inference():
@@ -570,7 +682,9 @@ def _linear_forwards(
                 if other == index or (sibling := ref()) is None:
                     continue
                 item = read(sibling)
-                if item is not None and _compute_dtype(item, x, autocast, grad) == dtype:
+                if item is None or _compute_dtype(item, x, autocast, grad) != dtype:
+                    continue
+                if proven is None or proven(other, item[0].adapter, members, sibling):
                     items.append((other, item))
         given = x if x.dtype == dtype else x.to(dtype)
         results = function(given, [item[0] for _, item in items])
@@ -616,6 +730,7 @@ def _mlp_forward(
     activation: str,
     otherwise: Forward,
     said: set[str],
+    proven: _Proven | None,
 ) -> Forward:
     """The forward of a gated MLP with LoRA; `otherwise` serves the calls that it can't."""
     read, takes, function = _reader(said), _takes(kernel), kernel.function
@@ -633,6 +748,10 @@ def _mlp_forward(
             dtypes.add(_compute_dtype(item, x, autocast, grad))
         if len(dtypes) != 1 or (dtype := dtypes.pop()) is None:
             return None
+        if proven is not None:
+            for i, item in enumerate(items):
+                if not proven(i, item[0].adapter, lambda: [mlp.get_submodule(n) for n in names], mlp):
+                    return None
         gate, up, down = (item[0] for item in items)
         y = function(x if x.dtype == dtype else x.to(dtype), gate, up, down, activation=activation)
         # A Linear4bit gives its input's dtype back.
@@ -860,8 +979,13 @@ def _prove(
     return comparisons
 
 
-def _verify_linear(trial: Trial, *, group: Sequence[str], kernel: KernelSpec) -> list[Comparison]:
-    layers = [_layer(name, trial.module(name)) for name in group]
+def _verify(trial: Trial, *, site: str, names: Sequence[str], prove: _Prove) -> list[Comparison]:
+    return prove(trial, [_layer(name, trial.module(name)) for name in names], trial.module(site))
+
+
+def _prove_linear(
+    trial: Trial, layers: Sequence[_Layer], holder: nn.Module, *, kernel: KernelSpec
+) -> list[Comparison]:
     shapes = [(_at_most(*layer.shape, layer), layer.shape[1]) for layer in layers]
     proof = _proof(trial, layers, shapes)
     counted, calls = _counted(kernel)
@@ -871,7 +995,7 @@ def _verify_linear(trial: Trial, *, group: Sequence[str], kernel: KernelSpec) ->
 
     def patched(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
         clones = proof.stand_ins(leaves)
-        forwards = _linear_forwards(clones, counted, set(), _Slot())
+        forwards = _linear_forwards(clones, counted, set(), _Slot(), None)
         return tuple(forward(clone, x) for forward, clone in zip(forwards, clones, strict=True))
 
     def truth(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
@@ -880,31 +1004,29 @@ def _verify_linear(trial: Trial, *, group: Sequence[str], kernel: KernelSpec) ->
     return _prove(trial, proof, original, patched, truth, calls)
 
 
-def _verify_mlp(
+def _prove_mlp(
     trial: Trial,
+    layers: Sequence[_Layer],
+    mlp: nn.Module,
     *,
-    name: str,
     names: tuple[str, str, str],
     kernel: KernelSpec,
     activation: str,
-    make: Callable[..., Forward],
 ) -> list[Comparison]:
-    module = trial.module(name)
-    layers = [_layer(f"{name}.{child}", module.get_submodule(child)) for child in names]
     wide, narrow = layers[0].shape
     wide = _at_most(wide, narrow, *layers)
     proof = _proof(trial, layers, [(wide, narrow), (wide, narrow), (narrow, wide)])
     counted, calls = _counted(kernel)
 
-    def original(mlp_forward: Forward, x: torch.Tensor, **leaves: torch.Tensor) -> Any:
+    def original(forward: Forward, x: torch.Tensor, **leaves: torch.Tensor) -> Any:
         children = dict(zip(names, proof.stand_ins(leaves), strict=True))
-        return mlp_forward(stand_in(module, {}, children), x)
+        return forward(stand_in(mlp, {}, children), x)
 
     def truth(x: torch.Tensor, **leaves: torch.Tensor) -> Any:
         return kernel.reference(x, *proof.projections(leaves), activation=activation)
 
-    own = type(module).forward
-    patched = _mlp_forward(module, names, counted, activation, own, set())
+    own = type(mlp).forward
+    patched = _mlp_forward(mlp, names, counted, activation, own, set(), None)
     return _prove(trial, proof, partial(original, own), partial(original, patched), truth, calls)
 
 

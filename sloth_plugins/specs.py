@@ -20,9 +20,9 @@ FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 class Site:
     """A module that plays a known role, confirmed by behaviour.
 
-    `role` is one of "rms_norm", "layer_norm", "gated_mlp", "attention", "decoder_layer", "lm_head".
-    `facts` is what the probe confirmed (eps, activation, child names ...); `signature` is equal for all the
-    sites that one verification covers (same class, same facts, same widths and dtypes).
+    `role` is one of "rms_norm", "layer_norm", "gated_mlp", "attention", "decoder_layer", "lm_head",
+    "lora_linear". `facts` is what the probe confirmed (eps, activation, child names ...); `signature` is
+    equal for all the sites that one verification covers (same class, same facts, same widths and dtypes).
     """
 
     module: str
@@ -91,7 +91,8 @@ class Patch:
     that one instance; it must reach parameters and children through `self` so that a deep copy of the model
     works. Claiming a module twice is a conflict. `verify` returns the comparisons against float64 (None: the
     module is replayed on real input, patched against original). `replays` names modules whose real inputs
-    `verify` wants. `otherwise` are the patches to try where this one is dropped.
+    `verify` wants. `otherwise` are the patches to try where this one is dropped. `counts` are numbers that
+    the forwards keep up to date and that the report shows for the head.
     """
 
     module: str
@@ -102,6 +103,7 @@ class Patch:
     verify: Callable[[Trial], Sequence[Comparison]] | None = None
     replays: tuple[str, ...] = ()
     otherwise: tuple[Patch, ...] = ()
+    counts: Mapping[str, int] | None = None
     plugin: str = ""
 
 

@@ -21,6 +21,7 @@ from sloth_plugins.survey import stand_in
 
 TOKENS = 64
 PARAMETER_ELEMENTS = 2**20
+_SETTLED = ("compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
 Function = Callable[..., Any]
 
 
@@ -296,8 +297,13 @@ def capture(
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards training flags and random states are as they were."""
+    """Eval mode inside; afterwards training flags, random states and 4-bit layers are as they were."""
     training = [module for module in model.modules() if module.training]
+    # In eval mode on an AVX512-BF16 CPU, bitsandbytes repacks a layer's weights for inference, for good. It
+    # also settles the compute dtype at the first call, and casts the bias to it.
+    four_bit: list[Any] = [m for m in model.modules() if "support_avx512bf16_for_cpu" in vars(m)]
+    settled = [{key: vars(module)[key] for key in _SETTLED if key in vars(module)} for module in four_bit]
+    biases = [None if module.bias is None else module.bias.data for module in four_bit]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kinds = {"cpu", *(p.device.type for p in model.parameters())} & {"cpu", "cuda", "xpu"}
     with contextlib.ExitStack() as stack:
@@ -310,10 +316,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             for module in training:
                 module.training = False
+            for module in four_bit:
+                module.support_avx512bf16_for_cpu = False
             yield
         finally:
             for module in training:
                 module.training = True
+            for module, values, bias in zip(four_bit, settled, biases, strict=True):
+                vars(module).update(values)
+                if bias is not None:
+                    module.bias.data = bias
 
 
 def _leaf(value: torch.Tensor, *, requires_grad: bool, double: bool) -> torch.Tensor:

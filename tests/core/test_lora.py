@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import gc
 import hashlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    CountingKernels,
     ForwardCalls,
     batch,
-    counting_kernels,
     forwards,
     loss_and_gradients,
+    make_plugin,
+    manager_with,
+    no_sloth_warnings,
     patched_ops,
     reasons,
     tiny_model,
@@ -30,63 +33,7 @@ import sloth_plugins as sloth
 from sloth_plugins import lora as planning
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-
-LAYER = "base_model.model.model.layers.0"
-ATTENTION = f"{LAYER}.self_attn"
-
-
-def lora(model: Any, **options: Any) -> Any:
-    """PEFT around a model, with B away from zero: with zeros half of the gradients would be."""
-    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    randomize(adapted)
-    return adapted
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) / 10)
-
-
-def accelerate(model: Any, **settings: Any) -> sloth.Acceleration:
-    """Without warnings of ours; they are asked for where they are expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return sloth.accelerate(model, **settings)
-
-
-def in_4bit(model: Any, **options: Any) -> Any:
-    """Every linear layer below the head in bitsandbytes' 4-bit storage."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    options = {"compute_dtype": torch.float32, "quant_type": "nf4", **options}
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            new = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=module.bias is not None, **options
-            )
-            state = {key: p.data for key, p in module.named_parameters()}
-            new.weight = bnb.nn.Params4bit(
-                state["weight"],
-                requires_grad=False,
-                quant_type=options["quant_type"],
-                compress_statistics=options.get("compress_statistics", True),
-                module=new,
-            )
-            if "bias" in state:
-                new.bias = nn.Parameter(state["bias"])
-            # On some CPUs it would repack its weights in eval mode, for good, and then they can't be trained.
-            new.support_avx512bf16_for_cpu = False
-            model.set_submodule(name, new.to("cpu"))
-    model.is_loaded_in_4bit = True
-    return model
-
-
-def wide(family: str = "llama") -> Any:
-    """A tiny model of widths that 4-bit blocks divide."""
-    return tiny_model(family, hidden_size=64, intermediate_size=128, head_dim=16)
+from lora_models import ATTENTION, LAYER, accelerate, counted, in_4bit, lora, randomize, wide  # noqa: E402
 
 
 def assert_same(some: Any, others: Any) -> None:
@@ -101,15 +48,6 @@ def assert_same(some: Any, others: Any) -> None:
             float(error),
             float(gradient.norm()),
         )
-
-
-@contextlib.contextmanager
-def counted(model: Any) -> Iterator[Any]:
-    """Kernel calls of an accelerated model, by op, without those of the verification."""
-    with counting_kernels() as calls:
-        accelerate(model)
-        calls.clear()
-        yield calls
 
 
 def fused_equals_peft(model: Any) -> None:
@@ -206,6 +144,62 @@ def test_4bit_siblings_without_lora_join() -> None:
     assert patched_ops(accelerate(model).report)[f"{ATTENTION}.k_proj"] == "lora_linear"
 
 
+def test_few_rows_without_grad_are_left_to_bitsandbytes() -> None:
+    model = lora(in_4bit(wide()))
+    q, mlp = model.get_submodule(f"{ATTENTION}.q_proj"), model.get_submodule(f"{LAYER}.mlp")
+    with counted(model) as calls:
+
+        def ran(rows: int) -> tuple[int, int]:
+            calls.clear()
+            x = torch.randn(1, rows, 64)
+            torch.testing.assert_close(q(x), own(q, x))
+            mlp(x)
+            return calls["lora_linear"], calls["lora_mlp"]
+
+        assert ran(planning.FEW_ROWS) == ran(1) == (1, 1)
+        with torch.no_grad():
+            assert ran(1) == ran(planning.FEW_ROWS) == (0, 0)
+            assert ran(planning.FEW_ROWS + 1) == (1, 1)
+    dense = lora(wide())
+    with counted(dense) as calls, torch.no_grad():
+        dense.get_submodule(f"{ATTENTION}.q_proj")(torch.randn(1, 1, 64))
+        assert calls["lora_linear"] == 1
+
+
+def test_4bit_layers_are_not_repacked_for_inference() -> None:
+    """As bitsandbytes does in eval mode, for good, on the CPUs where the flag is set."""
+    model = lora(in_4bit(wide("qwen2"), compute_dtype=None)).eval()
+    bases: list[Any] = [m.base_layer for m in model.modules() if hasattr(m, "lora_A")]
+    for base in bases:
+        base.support_avx512bf16_for_cpu = True
+        base.bias = base.bias if base.bias is None else nn.Parameter(base.bias.bfloat16())
+    packed = [base.weight.data.clone() for base in bases]
+    report = accelerate(model).report
+    assert not [text for text in reasons(report).values() if "packed" in text]
+    for base, before in zip(bases, packed, strict=True):
+        assert torch.equal(base.weight.data, before)
+        assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
+        assert base.support_avx512bf16_for_cpu and base.compute_dtype is None
+        assert not base.compute_type_is_set
+        assert base.bias is None or base.bias.dtype == torch.bfloat16
+
+
+def test_rope_stays_where_adapters_are_float32_and_activations_bfloat16() -> None:
+    """A kernel that rounds otherwise moves their float32 gradients by bfloat16's roundings."""
+    spec = next(spec for spec in CountingKernels().sloth_register_kernels() if spec.op == "rope")
+
+    def rope(*tensors: torch.Tensor, **options: Any) -> Any:
+        outputs = spec.function(*(t.float() for t in tensors), **options)
+        return tuple(y.to(t.dtype) for y, t in zip(outputs, tensors, strict=False))
+
+    model = lora(in_4bit(wide(dtype=torch.bfloat16), compute_dtype=torch.bfloat16))
+    adapters = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert adapters == {torch.float32}
+    offered = make_plugin(sloth_register_kernels=lambda: [dataclasses.replace(spec, function=rope)])
+    report = accelerate(model, manager=manager_with(other=offered)).report
+    assert patched_ops(report)[ATTENTION] == "rope", reasons(report)
+
+
 def test_large_weights_are_verified_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "ELEMENTS", 64 * 64)
     for model in (lora(in_4bit(wide())), lora(wide())):
@@ -268,7 +262,119 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_changes_after_acceleration(change: Callable[[Any], None]) -> None:
     plain, fused = both(change)
     ids = batch(plain)
-    assert_same(loss_and_gradients(fused, ids), loss_and_gradients(plain, ids))
+    with no_sloth_warnings():
+        assert_same(loss_and_gradients(fused, ids), loss_and_gradients(plain, ids))
+
+
+def test_an_adapter_of_other_shapes_is_proven_when_first_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[int] = []
+    prove = planning._prove
+    monkeypatch.setattr(planning, "_prove", lambda *args: (proofs.append(1), prove(*args))[1])
+    plain, fused = both(lambda model: None, target_modules=["q_proj", "v_proj", "up_proj"])
+    ids = batch(plain)
+
+    def same(expected: int) -> None:
+        proofs.clear()
+        state = torch.get_rng_state()
+        want = loss_and_gradients(plain, ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+            assert_same(loss_and_gradients(fused, ids), want)
+        assert len(proofs) == expected
+        torch.set_rng_state(state)
+
+    def each(change: Callable[[Any], Any]) -> None:
+        for model in (plain, fused):
+            torch.manual_seed(11)
+            change(model)
+            randomize(model)
+
+    targets = ["q_proj", "v_proj", "up_proj"]
+    same(0)
+    each(lambda m: m.add_adapter("twin", peft.LoraConfig(r=4, target_modules=targets)))
+    each(lambda m: m.set_adapter("twin"))
+    same(0)  # the same shapes
+    each(lambda m: m.add_adapter("third", peft.LoraConfig(r=6, target_modules=targets)))
+    each(lambda m: m.set_adapter("third"))
+    same(2)  # one for the linear groups, one for the MLPs
+    same(0)
+    each(lambda m: m.set_adapter("default"))
+    each(lambda m: m.delete_adapter("third"))
+    same(0)
+    each(lambda m: m.add_adapter("third", peft.LoraConfig(r=6, target_modules=["v_proj"])))
+    each(lambda m: m.set_adapter("third"))
+    same(0)
+
+
+def test_an_adapter_that_fails_its_proof_is_left_to_peft() -> None:
+    def add(model: Any) -> None:
+        torch.manual_seed(11)
+        model.add_adapter("second", peft.LoraConfig(r=6, target_modules="all-linear"))
+        randomize(model)
+        model.set_adapter("second")
+
+    def broken(function: Any, error: Any) -> Any:
+        def run(x: Any, *projections: Any, **options: Any) -> Any:
+            result = function(x, *projections, **options)
+            first = projections[0] if not isinstance(projections[0], list) else projections[0][0]
+            if first.adapter is not None and first.adapter.a.shape[0] == 6:
+                if error is not None:
+                    raise error
+                result = tuple(y * 1.01 for y in result) if isinstance(result, tuple) else result * 1.01
+            return result
+
+        return run
+
+    for error, why in ((None, "less accurate than the contract"), (ValueError("no six"), "no six")):
+        plugin = CountingKernels()
+        offered = [
+            dataclasses.replace(spec, function=broken(spec.function, error))
+            for spec in plugin.sloth_register_kernels()
+            if spec.op in ("lora_linear", "lora_mlp")
+        ]
+        manager = manager_with(broken=make_plugin(sloth_register_kernels=lambda: offered))  # noqa: B023
+        plain, fused = (lora(tiny_model("llama")) for _ in range(2))
+        acceleration = sloth.accelerate(fused, manager=manager)
+        ids = batch(plain)
+        assert_same(loss_and_gradients(fused, ids), loss_and_gradients(plain, ids))
+        assert plugin.calls["lora_mlp"]
+        add(plain)
+        add(fused)
+        with pytest.warns(UserWarning, match=why) as caught:
+            found = loss_and_gradients(fused, ids)
+        ours = [w for w in caught if str(w.message).startswith("sloth:")]
+        assert len(ours) <= 3  # q k v, o, the MLP; not one a layer
+        assert_same(found, loss_and_gradients(plain, ids))
+        assert why in reasons(acceleration.report)[f"{ATTENTION}.q_proj", "lora_linear"]
+        assert why in reasons(acceleration.report)[f"{LAYER}.mlp", "lora_mlp"]
+        plugin.calls.clear()
+        with no_sloth_warnings():
+            loss_and_gradients(fused, ids)
+        assert not plugin.calls["lora_mlp"] and not plugin.calls["lora_linear"]
+        for model in (plain, fused):
+            model.set_adapter("default")
+        assert_same(loss_and_gradients(fused, ids), loss_and_gradients(plain, ids))
+        assert plugin.calls["lora_mlp"] == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_proof_in_a_checkpointed_forward_disturbs_nothing(reentrant: bool) -> None:
+    plain, fused = (lora(tiny_model("llama"), lora_dropout=0.3) for _ in range(2))
+    for model in (plain, fused):
+        model.enable_input_require_grads()
+        model.train()
+    ids = batch(plain)
+    accelerate(plain)
+    options = dict(r=3, lora_dropout=0.3, target_modules="all-linear")
+    for model in (fused, plain):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        accelerate(model)
+        torch.manual_seed(11)
+        model.add_adapter("second", peft.LoraConfig(**options))
+        randomize(model)
+        model.set_adapter("second")
+    accelerate(plain)  # proves it now, `fused` does in the forward
+    with no_sloth_warnings():
+        assert_same(loss_and_gradients(fused, ids), loss_and_gradients(plain, ids))
 
 
 def test_disabled_and_merged_adapters() -> None:
@@ -391,8 +497,10 @@ def test_dropout_in_training_and_none_in_eval() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing(reentrant: bool, dropout: float) -> None:
-    model = lora(tiny_model("llama"), lora_dropout=dropout)
+@pytest.mark.parametrize("of_4bit", [False, True])
+def test_gradient_checkpointing(reentrant: bool, dropout: float, of_4bit: bool) -> None:
+    """4-bit layers too have few rows here: they must drop in the first forward what is dropped again."""
+    model = lora(in_4bit(wide()) if of_4bit else tiny_model("llama"), lora_dropout=dropout)
     model.enable_input_require_grads()
     model.train()
     ids = batch(model)
