@@ -16,7 +16,7 @@ from helpers import VOCABULARY, ForwardCalls, forwards, relative_difference, tin
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from sloth_hf_trainer import SlothCallback
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 import sloth_plugins as sloth
@@ -27,8 +27,8 @@ LENGTH = 16
 FAMILY = pytest.mark.parametrize("family", ["llama", "qwen3"])
 # The sites of the tiny models, two layers each.
 SITES = {
-    "llama": {"rms_norm": 5, "gated_mlp": 2, "rope": 2},
-    "qwen3": {"rms_norm": 5, "gated_mlp": 2, "qk_norm_rope": 6},
+    "llama": {"rms_norm": 5, "gated_mlp": 2, "rope": 2, "linear_cross_entropy": 1},
+    "qwen3": {"rms_norm": 5, "gated_mlp": 2, "qk_norm_rope": 6, "linear_cross_entropy": 1},
 }
 # A tiny model's with LoRA on every linear layer: four of an attention, and a whole MLP.
 LORA_SITES = {
@@ -546,6 +546,17 @@ def test_figures_reach_trackers_and_history(
     assert history[0]["sloth/peak_bytes"] > parameters
     assert all(entry["sloth/tokens_per_s"] > 0 for entry in history if "loss" in entry)
     json.dumps(history)
+
+
+def test_the_peak_of_a_cpu_run_beside_a_gpu_is_the_processs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, logs = SlothCallback(), {"loss": 1.0}
+    callback.acceleration = sloth.accelerate(tiny_model("llama"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 7)
+    callback.on_log(TrainingArguments(tmp_path, use_cpu=True), TrainerState(), TrainerControl(), logs=logs)
+    assert logs["sloth/peak_bytes"] > 2**20, "no byte of the model is on that GPU"
 
 
 @pytest.mark.parametrize("adapt", [full, lora], ids=["full", "lora"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +17,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,12 +39,13 @@ pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning")
 
 import lightning.pytorch as lightning_pytorch
 import pytorch_lightning
-import sloth_lightning  # noqa: F401  names the strategies
+import sloth_lightning
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
 import sloth_plugins as sloth
+from sloth_plugins.figures import cuda_devices, peak_bytes
 from sloth_plugins.numerics import FORMULA_TOLERANCE
 
 PACKAGES = {"lightning.pytorch": lightning_pytorch, "pytorch_lightning": pytorch_lightning}
@@ -48,11 +54,15 @@ OURS = {
     "pytorch_lightning": "sloth_lightning.pytorch_lightning",
 }
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-SITES = 11  # of the tiny Llama: five norms, two MLPs, two rotary embeddings, two fused layers
+SITES = len(sloth.accelerate(tiny_model("llama")).report.patched)
+MLPS = 2
 FIGURES = {"sloth/tokens_per_s", "sloth/peak_bytes", "sloth/patched", "sloth/skipped"}
 ROWS, LENGTH, BATCH = 8, 12, 2
 ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
 
+needs_cli = pytest.mark.skipif(
+    find_spec("jsonargparse") is None, reason="needs jsonargparse: pip install sloth-plugins[lightning]"
+)
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec.*")
 
 
@@ -224,7 +234,8 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
     strategy = ours().SlothStrategy(sloth.Settings(verify=False), disable=["rope", "gated_mlp"])
     fitted(tmp_path, module, strategy)
     (acceleration,) = strategy.accelerations
-    assert {row.op for row in acceleration.report.patched} == {"rms_norm", "add_rms_norm"}
+    ops = {row.op for row in acceleration.report.patched}
+    assert ops >= {"rms_norm", "add_rms_norm"} and not ops & {"rope", "gated_mlp"}
     assert acceleration.settings == sloth.Settings(verify=False, disable=frozenset({"rope", "gated_mlp"}))
 
 
@@ -398,6 +409,56 @@ def test_a_trainers_options(tmp_path: Path, case: str) -> None:
     assert next(module.parameters()).dtype == next(plain.parameters()).dtype
 
 
+def four_bit(package: str, dtype: torch.dtype) -> Any:
+    """Lightning's plugin; `lm` is the model's own place, where it is converted before the Trainer has it."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install sloth-plugins[quant]")
+    plugins = import_module(f"{package}.plugins")
+    return plugins.BitsandbytesPrecision(
+        "nf4-dq", dtype=dtype, ignore_modules={"holder.lm.lm_head", "lm_head"}
+    )
+
+
+@pytest.mark.parametrize("adapted", ["no adapter", "adapter after quantization"])
+def test_lightnings_4_bit_layers(tmp_path: Path, package: str, adapted: str) -> None:
+    losses = []
+    for strategy in ("auto", "sloth"):
+        plugin = four_bit(package, torch.float32)
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        if adapted != "no adapter":
+            model = lora(plugin.convert_module(model).to("cpu"))
+        module = module_for(package, model)
+        trainer = trainer_for(tmp_path, strategy, package)
+        # A Trainer would refuse the plugin without a GPU; bitsandbytes itself quantizes and multiplies there.
+        trainer.strategy.precision_plugin = plugin
+        trainer.fit(module, data())
+        losses.append(module.losses)
+        layers = [m for m in module.modules() if type(m).__name__ == "_NF4DQLinear"]
+        assert len(layers) == 14 and all(layer.weight.quant_state is not None for layer in layers)
+    (acceleration,) = trainer.strategy.accelerations
+    ops = Counter(row.op for row in acceleration.report.patched)
+    assert (
+        acceleration.report.skipped == []
+        and close(losses[1], losses[0])
+        and set(module.patched) == {len(acceleration.report.patched)}
+    )
+    if adapted == "no adapter":
+        assert ops["gated_mlp"] == 2 and not ops["lora_mlp"]
+    else:
+        assert ops["lora_linear"] == 8 and ops["lora_mlp"] == 2, "fused over Lightning's own subclass"
+
+
+def test_lora_matrices_that_lightning_has_quantized_are_left_alone() -> None:
+    """The plugin converts every linear layer of a PEFT model, its adapters too: nobody can train those."""
+    plugin = four_bit("lightning.pytorch", torch.float32)
+    model = plugin.convert_module(lora(tiny_model("llama", hidden_size=64, intermediate_size=128))).to("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = sloth.accelerate(model).report
+    reasons = {skip.reason for skip in report.skipped if skip.op.startswith("lora")}
+    assert any("matrices of adapter 'default' are no plain linear layers" in reason for reason in reasons)
+    assert not [row for row in report.patched if row.op.startswith("lora")]
+
+
 @pytest.mark.parametrize("kind", ["EMA", "SWA"])
 def test_callbacks_that_average_weights(tmp_path: Path, kind: str) -> None:
     def make() -> Any:
@@ -405,6 +466,8 @@ def test_callbacks_that_average_weights(tmp_path: Path, kind: str) -> None:
 
         if kind == "SWA":
             return callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+        if not hasattr(callbacks, "EMAWeightAveraging"):
+            pytest.skip("EMAWeightAveraging came with Lightning 2.6")
         return callbacks.EMAWeightAveraging(decay=0.5)
 
     plain, module = module_for(), module_for()
@@ -430,9 +493,10 @@ def test_an_error_in_the_run_leaves_no_patch(tmp_path: Path) -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize("first", ["sloth", "auto"])
-def test_checkpoints_are_plain_lightnings(tmp_path: Path, package: str, first: str) -> None:
-    other = "auto" if first == "sloth" else "sloth"
+@pytest.mark.parametrize(
+    ("first", "other"), [("sloth", "auto"), ("auto", "sloth"), ("ddp", "sloth"), ("sloth_ddp", "auto")]
+)
+def test_checkpoints_are_plain_lightnings(tmp_path: Path, package: str, first: str, other: str) -> None:
     whole = module_for(package)
     fitted(tmp_path, whole, "auto", package, max_epochs=2)
     written = module_for(package)
@@ -446,7 +510,9 @@ def test_checkpoints_are_plain_lightnings(tmp_path: Path, package: str, first: s
     assert mine["callbacks"] == theirs["callbacks"]
     resumed = module_for(package)
     again = trainer_for(tmp_path, other, package, max_epochs=2)
-    again.fit(resumed, data(), ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    newer = "weights_only" in inspect.signature(again.fit).parameters  # Lightning 2.6
+    options = {"weights_only": False} if newer else {}
+    again.fit(resumed, data(), ckpt_path=tmp_path / "one.ckpt", **options)
     assert again.global_step == 8 and close(resumed.losses, whole.losses[4:])
     assert resumed.patched == [SITES if other == "sloth" else 0] * 4
 
@@ -493,6 +559,74 @@ def test_callback_beside_the_strategy_is_one_warning(tmp_path: Path) -> None:
     assert module.patched == [SITES] * 4
 
 
+def single_device(package: str, changed: Any) -> Any:
+    """A strategy of Lightning that calls `changed(module)` when it has moved the module."""
+    base = import_module(f"{package}.strategies").SingleDeviceStrategy
+
+    class Strategy(base):  # type: ignore[misc, valid-type]
+        def model_to_device(self) -> None:
+            super().model_to_device()
+            changed(self.model)
+
+    return Strategy(device=torch.device("cpu"))
+
+
+def as_zero_2(module: nn.Module) -> None:
+    """As DeepSpeed's stages 1 and 2 leave them: whole, and views of one buffer."""
+    parameters = list(module.parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view(p.shape)
+
+
+def as_zero_3(module: nn.Module) -> None:
+    for number, p in enumerate(module.parameters()):
+        p.ds_id = number  # type: ignore[attr-defined]
+
+
+def test_callback_under_zero_2(tmp_path: Path, package: str) -> None:
+    plain, module = module_for(package), module_for(package)
+    fitted(tmp_path, plain, "auto", package)
+    fitted(
+        tmp_path,
+        module,
+        single_device(package, as_zero_2),
+        package,
+        callbacks=[ours(package).SlothCallback()],
+    )
+    assert module.patched == [SITES] * 4 and close(module.losses, plain.losses) and not forwards(module)
+
+
+def test_callback_under_zero_3_is_one_warning_and_trains_on(tmp_path: Path) -> None:
+    plain, module = module_for(), module_for()
+    fitted(tmp_path, plain, "auto")
+    with pytest.warns(UserWarning) as caught:
+        fitted(
+            tmp_path,
+            module,
+            single_device("lightning.pytorch", as_zero_3),
+            callbacks=[ours().SlothCallback()],
+        )
+    (message,) = [str(w.message) for w in caught if str(w.message).startswith("sloth: ")]
+    assert "DeepSpeed ZeRO-3 has sharded the parameters of LlamaForCausalLM" in message
+    assert module.patched == [0] * 4 and module.losses == plain.losses
+    callback = ours().SlothCallback(strict=True)
+    with pytest.raises(sloth.SkippedSiteError, match="strict=True: DeepSpeed ZeRO-3"):
+        fitted(tmp_path, module_for(), single_device("lightning.pytorch", as_zero_3), callbacks=[callback])
+
+
+def test_prepare_leaves_what_is_sharded_or_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    as_zero_3(model)
+    with pytest.warns(UserWarning, match="ZeRO-3 has sharded"):
+        assert sloth_lightning.prepare(model) is model
+    assert not forwards(model)
+    with pytest.raises(ValueError, match=r"'kernel' in sloth_lightning.prepare\(\).*Did you mean 'kernels'"):
+        sloth_lightning.prepare(model, kernel="torch")
+    with pytest.raises(ValueError, match="meta"):
+        sloth_lightning.prepare(tiny_model("llama").to("meta"))
+
+
 # Figures and report
 
 
@@ -524,7 +658,8 @@ def test_no_logger_no_figures(tmp_path: Path) -> None:
     assert not FIGURES & trainer.callback_metrics.keys() and "loss" in trainer.callback_metrics
 
 
-def test_tokens_are_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adapt", [None, lora])
+def test_tokens_are_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapt: Any) -> None:
     from sloth_lightning import _core
 
     now = [0.0]
@@ -537,13 +672,33 @@ def test_tokens_are_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         now[0] += 3600.0
 
     module = module_for(
-        on_train_batch_start=on_train_batch_start, on_validation_epoch_start=on_validation_epoch_start
+        model=adapt and adapt(tiny_model("llama")),
+        on_train_batch_start=on_train_batch_start,
+        on_validation_epoch_start=on_validation_epoch_start,
     )
     logger = lightning_pytorch.loggers.CSVLogger(tmp_path)
     trainer = trainer_for(tmp_path, logger=logger, val_check_interval=1)
     trainer.fit(module, data(), data())
     rows = [row for row in _csv(Path(logger.log_dir) / "metrics.csv") if row["sloth/tokens_per_s"]]
     assert [float(row["sloth/tokens_per_s"]) for row in rows] == [BATCH * LENGTH] * 4
+
+
+def test_the_peak_is_of_the_devices_that_hold_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the CPU beside a GPU, and one that lies on two GPUs."""
+    allocated = {0: 3, 1: 4, 2: 5}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device=0: allocated[torch.device(device).index]
+    )
+    model = tiny_model("llama")
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert cuda_devices([model, None]) == () and peak_bytes(cuda_devices([model])) > parameters
+    places = [torch.device("cuda", i) for i in (1, 0, 1)]
+    spread: Any = SimpleNamespace(
+        parameters=lambda: [SimpleNamespace(is_cuda=True, device=d) for d in places]
+    )
+    assert cuda_devices([spread, model]) == (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert peak_bytes(cuda_devices([spread])) == 7
 
 
 @pytest.mark.parametrize("show", [True, False])
@@ -562,7 +717,10 @@ def test_the_report_is_printed_once_or_not_at_all(
 
 def test_bad_options_are_refused_when_the_strategy_is_made(package: str) -> None:
     made = ours(package)
-    for cls in (made.SlothStrategy, made.SlothDDPStrategy, made.SlothFSDPStrategy, made.SlothCallback):
+    for cls in (
+        *(made.SlothStrategy, made.SlothDDPStrategy, made.SlothFSDPStrategy, made.SlothCallback),
+        *(made.SlothFabricStrategy, made.SlothFabricDDPStrategy, made.SlothFabricFSDPStrategy),
+    ):
         with pytest.raises(ValueError, match=rf"'kernel' in {cls.__name__}\(\).*Did you mean 'kernels'"):
             cls(kernel="torch")
         with pytest.raises(ValueError, match="kernels='cuda'"):
@@ -580,6 +738,9 @@ def test_mps_and_tpu_are_refused(tmp_path: Path, package: str, monkeypatch: pyte
         strategy = ours(package).SlothStrategy()
         with pytest.raises(ValueError, match=f"strategy='sloth' with {name}: allowed accelerators are 'cpu'"):
             strategy.accelerator = cls.__new__(cls)
+        fabric_strategy = ours(package).SlothFabricStrategy()
+        with pytest.raises(ValueError, match=f"strategy='sloth' with {name}: allowed accelerators are 'cpu'"):
+            fabric_strategy.accelerator = cls.__new__(cls)
     for name, value in (("is_available", True), ("parse_devices", [0]), ("setup_device", None)):
         monkeypatch.setattr(accelerators.MPSAccelerator, name, staticmethod(lambda *_, value=value: value))
     with pytest.raises(ValueError, match="MPS"):
@@ -589,8 +750,6 @@ def test_mps_and_tpu_are_refused(tmp_path: Path, package: str, monkeypatch: pyte
 def test_more_devices_than_there_are_is_lightnings_own_error(tmp_path: Path) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    if torch.cuda.is_available():
-        pytest.skip("asks for a GPU where there is none")
     with pytest.raises(MisconfigurationException):
         trainer_for(tmp_path, "sloth", accelerator="gpu", devices=99)
 
@@ -676,8 +835,10 @@ def test_fabric_leaves_other_modules_that_are_moved_alone() -> None:
 # Two processes, FSDP2, no import, LightningCLI: each in a process of its own
 
 
-def python(code: str, folder: Path, *first: Path, arguments: tuple[str, ...] = ()) -> str:
-    """What a script with `code` prints; it finds helpers.py."""
+def python(
+    code: str, folder: Path, *first: Path, arguments: tuple[str, ...] = (), environment: Any = None
+) -> str:
+    """What a script with `code` prints; it finds helpers.py and, unless `environment` says so, no GPU."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = str(opened.getsockname()[1])
@@ -686,7 +847,9 @@ def python(code: str, folder: Path, *first: Path, arguments: tuple[str, ...] = (
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         cwd=folder,
-        env=python_environment(*first, ROOT / "tests") | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
+        env=python_environment(*first, ROOT / "tests")
+        | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        | (environment or {}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -724,9 +887,9 @@ class Module(L.LightningModule):
 
 module = Module()
 devices = int(sys.argv[2])
-trainer = L.Trainer(strategy=sys.argv[3], accelerator="cpu", devices=devices, max_epochs=1, logger=False,
-                    enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
-                    use_distributed_sampler=False)
+trainer = L.Trainer(strategy=sys.argv[3], accelerator=sys.argv[4], devices=devices, max_epochs=1,
+                    logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                    enable_model_summary=False, use_distributed_sampler=False)
 trainer.fit(module)
 assert not forwards(module.lm)
 if trainer.is_global_zero:
@@ -735,30 +898,89 @@ if trainer.is_global_zero:
 """
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, package: str) -> None:
+def two_processes(folder: Path, package: str, accelerator: str, environment: Any = None) -> None:
+    """Two train with strategy "sloth" as one does with "auto" on the same global batches."""
     found = {}
     for devices, strategy in ((1, "auto"), (2, "sloth")):
-        printed = python(DDP, tmp_path, arguments=(package, str(devices), strategy))
-        found[strategy] = json.loads((tmp_path / "result.json").read_text())
-        assert printed.count("sloth patched") == int(strategy == "sloth"), (
-            "the report comes once, from rank 0"
-        )
+        arguments = (package, str(devices), strategy, accelerator)
+        printed = python(DDP, folder, arguments=arguments, environment=environment)
+        found[strategy] = json.loads((folder / "result.json").read_text())
+        assert printed.count("sloth patched") == int(strategy == "sloth"), "the report is rank 0's"
     name, patched, losses = found["sloth"]
     assert name == "SlothDDPStrategy" and patched == SITES
     assert len(losses) == 4 and close(losses, found["auto"][2])
 
 
-FSDP = """
-import json
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, package: str) -> None:
+    two_processes(tmp_path, package, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_train_as_one(tmp_path: Path, package: str) -> None:
+    two_processes(
+        tmp_path, package, "gpu", {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")}
+    )
+
+
+SPAWN = """
 import torch
 import lightning as L
-from torch.distributed.fsdp import fully_shard
 import sloth_lightning
 from helpers import VOCABULARY, forwards, tiny_model
 
-PREPARE = %s
-ids = torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(0))
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.lm = tiny_model("llama")
+    def training_step(self, batch, index):
+        assert len(forwards(self.lm)) > 0
+        return self.lm(input_ids=batch, labels=batch).loss
+    def on_train_end(self):
+        print("ENDED", self.global_rank, self.trainer.global_step, flush=True)
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randint(3, VOCABULARY, (8, 8)), batch_size=2)
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+if __name__ == "__main__":
+    module = Module()
+    trainer = L.Trainer(strategy=sloth_lightning.SlothDDPStrategy(start_method="spawn", show_report=False),
+                        accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_progress_bar=False,
+                        enable_checkpointing=False, enable_model_summary=False)
+    trainer.fit(module)
+    assert not forwards(module.lm)
+"""
+
+
+@pytest.mark.slow
+def test_spawned_processes(tmp_path: Path) -> None:
+    printed = python(SPAWN, tmp_path)
+    assert "ENDED 0 2" in printed and "ENDED 1 2" in printed
+
+
+SHARDED = """
+import json, sys
+import torch
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+import sloth_lightning
+from helpers import VOCABULARY, forwards, tiny_model
+
+devices, how, prepared = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "prepared"
+torch.set_num_threads(1)
+ids = torch.randint(3, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(0))
+
+class FSDP1(DDPStrategy):  # Lightning's own refuses a CPU
+    def _setup_model(self, model):
+        policy = ModuleWrapPolicy({type(model.lm.model.layers[0])})
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True,
+                                        device_id=torch.device("cpu"))
+    def _register_ddp_hooks(self):
+        pass
 
 class Module(L.LightningModule):
     def __init__(self):
@@ -768,76 +990,150 @@ class Module(L.LightningModule):
         if self.lm is not None:
             return
         self.lm = tiny_model("llama")
-        if PREPARE:
+        if prepared:
             sloth_lightning.prepare(self.lm, disable=["gated_mlp"])
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.lm.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.lm, mesh=mesh)
+        if how == "fsdp2":
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.lm.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.lm, mesh=mesh)
     def training_step(self, batch, index):
         loss = self.lm(input_ids=batch, labels=batch).loss
-        self.losses.append(loss.item())
+        self.losses.append(float(self.all_gather(loss.detach()).mean()))
         self.patched = len(forwards(self.lm))
+        self.sharded = any("DTensor" in type(p).__name__ or p.numel() == 0 for p in self.lm.parameters())
         return loss
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(ids[self.global_rank::devices], batch_size=4 // devices)
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 module = Module()
-trainer = L.Trainer(strategy="sloth_fsdp", accelerator="cpu", devices=1, max_epochs=1, logger=False,
+strategy = {"fsdp1": FSDP1, "fsdp2": sloth_lightning.SlothFSDPStrategy, "none": lambda: "auto"}[how]()
+trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=devices, max_epochs=1, logger=False,
+                    callbacks=[sloth_lightning.SlothCallback()] if how == "fsdp1" else [],
                     enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
                     use_distributed_sampler=False)
-trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=2))
+trainer.fit(module)
 assert not forwards(module.lm)
-print("RESULT", json.dumps([module.patched, module.losses]))
+if trainer.is_global_zero:
+    with open("result.json", "w") as file:
+        json.dump([module.patched, module.sharded, module.losses], file)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepared", [True, False])
-def test_fsdp2(tmp_path: Path, prepared: bool) -> None:
-    plain = module_for()
-    fitted(tmp_path, plain, "auto")
-    printed = python(FSDP % prepared, tmp_path)
-    patched, losses = json.loads(printed.split("RESULT ")[1].splitlines()[0])
-    assert close(losses, plain.losses)
-    assert patched == (SITES - 2 if prepared else 0)
-    assert ("call sloth_lightning.prepare(model) in configure_model" in printed) == (not prepared)
+@pytest.mark.parametrize(
+    ("how", "prepared"),
+    [("fsdp2", "prepared"), ("fsdp2", "not prepared"), ("fsdp1", "prepared"), ("fsdp1", "not prepared")],
+)
+def test_two_processes_with_sharded_parameters(tmp_path: Path, how: str, prepared: str) -> None:
+    python(SHARDED, tmp_path, arguments=("1", "none", "not prepared"))
+    *_, plain = json.loads((tmp_path / "result.json").read_text())
+    printed = python(SHARDED, tmp_path, arguments=("2", how, prepared))
+    patched, sharded, losses = json.loads((tmp_path / "result.json").read_text())
+    assert len(losses) == 4 and close(losses, plain)
+    assert patched == (SITES - MLPS if prepared == "prepared" else 0) and sharded
+    advice = "call sloth_lightning.prepare(model) in configure_model"
+    assert (advice in printed) == (prepared == "not prepared")
+
+
+FABRIC_FSDP = """
+import json, sys
+import torch
+from importlib import import_module
+from peft import LoraConfig, get_peft_model
+import sloth_lightning
+from helpers import VOCABULARY, forwards, tiny_model
+
+package, devices, strategy, adapted = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "lora"
+torch.set_num_threads(1)
+ids = torch.randint(3, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(0))
+fabric = import_module(package).Fabric(accelerator="cpu", devices=devices, strategy=strategy)
+fabric.launch()
+bare = tiny_model("llama")
+if adapted:
+    torch.manual_seed(0)
+    bare = get_peft_model(bare, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+model = fabric.setup(bare)
+trained = [p for p in bare.parameters() if p.requires_grad]
+optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=1e-3))
+patched, losses = len(forwards(bare)), []
+sharded = all("DTensor" in type(p).__name__ for p in bare.parameters())
+for batch in ids[fabric.global_rank::devices].split(4 // devices):
+    loss = model(input_ids=batch, labels=batch).loss
+    optimizer.zero_grad()
+    fabric.backward(loss)
+    optimizer.step()
+    losses.append(float(fabric.all_reduce(loss.detach(), reduce_op="mean")))
+if strategy != "auto":
+    fabric.strategy.undo()
+assert not forwards(bare)
+if fabric.global_rank == 0:
+    with open("result.json", "w") as file:
+        json.dump([patched, sharded, losses], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", ["full", "lora"])
+def test_fabric_with_sharded_parameters(tmp_path: Path, package: str, adapted: str) -> None:
+    found = []
+    for devices, strategy in ((1, "auto"), (2, "sloth_fsdp")):
+        python(FABRIC_FSDP, tmp_path, arguments=(FABRIC[package], str(devices), strategy, adapted))
+        found.append(json.loads((tmp_path / "result.json").read_text()))
+    (_, _, plain), (patched, sharded, losses) = found
+    assert patched >= SITES and sharded and close(losses, plain)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pip has installed sloth-plugins into, from a copy of the checkout."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs setuptools 77 to build a wheel")
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*")
+    for name in ("sloth_plugins", "kernels", "adapters"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site), str(source)]
+    command = [sys.executable, "-m", "pip", "install", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return site
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", ["1", "0"])
-def test_no_import_is_needed(
-    tmp_path: Path, package: str, switch: str, monkeypatch: pytest.MonkeyPatch
+def test_an_installed_distribution_needs_no_import(
+    tmp_path: Path, package: str, switch: str, installed: Path
 ) -> None:
-    """torch finds the entry point of an installed sloth-plugins, here in a metadata folder of the test's."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (name, value), *more = project["entry-points"]["torch.backends"].items()
-    assert not more
-    metadata = tmp_path / "site" / "sloth_plugins-9.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sloth-plugins\nVersion: 9\n")
-    (metadata / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {value}\n")
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", switch)
+    """torch calls its entry point, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0; then the import still works."""
     code = f"""
     import sys
     import torch
     early = [m for m in sys.modules if m.startswith(("sloth_lightning", "lightning", "sloth_kernels"))]
     import {package} as L
     light = "sloth_plugins.engine" not in sys.modules
-    try:
-        trainer = L.Trainer(strategy="sloth", accelerator="cpu", devices=1, logger=False)
-    except ValueError as error:
-        print("REFUSED", error)
-    else:
-        print("MADE", type(trainer.strategy).__name__, early, light)
+
+    def make():
+        try:
+            trainer = L.Trainer(strategy="sloth", accelerator="cpu", devices=1, logger=False)
+        except ValueError as error:
+            return f"REFUSED {{error}}"
+        return f"MADE {{type(trainer.strategy).__name__}}"
+
+    print("FIRST", make(), early, light)
+    import sloth_lightning
+    print("THEN", make(), sloth_lightning.__file__)
     """
-    printed = python(code, tmp_path, tmp_path / "site")
+    environment = {"PYTHONPATH": str(installed), "TORCH_DEVICE_BACKEND_AUTOLOAD": switch}
+    printed = python(code, tmp_path, environment=environment)
     if switch == "1":
-        assert "MADE SlothSingleDeviceStrategy [] True" in printed
+        assert "FIRST MADE SlothSingleDeviceStrategy [] True" in printed
     else:
-        assert "REFUSED" in printed and "invalid strategy name" in printed
+        assert "FIRST REFUSED" in printed and "invalid strategy name" in printed
+    assert f"THEN MADE SlothSingleDeviceStrategy {installed}" in printed
 
 
 def test_the_hook_never_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -912,6 +1208,7 @@ trainer:
 """
 
 
+@needs_cli
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "init_args", ["{settings: {disable: [rope]}}", "{disable: [rope], show_report: false}"]
@@ -923,6 +1220,7 @@ def test_cli_with_a_yaml(tmp_path: Path, init_args: str) -> None:
     assert ("sloth patched" in printed) == ("show_report" not in init_args)
 
 
+@needs_cli
 @pytest.mark.slow
 def test_cli_with_a_name(tmp_path: Path) -> None:
     assert "RESULT SlothSingleDeviceStrategy" in python(
@@ -930,6 +1228,7 @@ def test_cli_with_a_name(tmp_path: Path) -> None:
     )
 
 
+@needs_cli
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("init_args", "expected"),
@@ -944,11 +1243,97 @@ def test_cli_with_a_wrong_option(tmp_path: Path, init_args: str, expected: str) 
         python(CLI, tmp_path, arguments=("fit", "--config", "config.yaml"))
 
 
-# The examples
+# On a GPU
+
+WIDE = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_precision_on_a_gpu(tmp_path: Path, package: str, precision: str) -> None:
+    plain, module = (module_for(package, tiny_model("llama", **WIDE)) for _ in range(2))
+    changes = dict(accelerator="gpu", precision=precision)
+    fitted(tmp_path, plain, "auto", package, **changes)
+    logger = import_module(f"{package}.loggers").CSVLogger(tmp_path)
+    trainer = fitted(tmp_path, module, "sloth", package, logger=logger, **changes)
+    (acceleration,) = trainer.strategy.accelerations
+    report = acceleration.report
+    assert [skip for skip in report.skipped if not skip.benign] == []
+    assert module.patched == [len(report.patched)] * 4 and len(report.patched) >= 11
+    assert all(row.kernel.startswith("sloth.triton.") for row in report.patched if "rms_norm" in row.op)
+    kind = {"bf": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision[:2]]
+    assert close(module.losses, plain.losses, kind) and not forwards(module)
+    peak = trainer.logged_metrics["sloth/peak_bytes"]
+    assert 0 < peak <= 1.001 * torch.cuda.max_memory_allocated(), "of the GPU, not of the process"
+
+
+@pytest.mark.gpu
+def test_lightnings_4_bit_layers_on_a_gpu(tmp_path: Path, package: str) -> None:
+    losses = []
+    for strategy in ("auto", "sloth"):
+        plugin = four_bit(package, torch.bfloat16)
+        model = lora(plugin.convert_module(tiny_model("llama", **WIDE)).to("cuda"))
+        module = module_for(package, model)
+        trainer = fitted(tmp_path, module, strategy, package, accelerator="gpu", plugins=[plugin])
+        losses.append(module.losses)
+    (acceleration,) = trainer.strategy.accelerations
+    report = acceleration.report
+    reasons = [f"{skip.module}: {skip.reason}" for skip in report.skipped if not skip.benign]
+    assert reasons or {"lora_linear", "lora_mlp"} <= {row.op for row in report.patched}
+    assert close(losses[1], losses[0], torch.bfloat16), reasons
+
+
+# The README, the benchmark, the examples
+
+
+def test_the_readmes_options_are_those_that_there_are() -> None:
+    text = (ROOT / "adapters" / "lightning" / "README.md").read_text(encoding="utf-8")
+    table = text.split("| option |")[1].split("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == [*(field.name for field in dataclasses.fields(sloth.Settings)), "show_report"]
+    for name in named:
+        assert name in inspect.signature(ours().SlothStrategy).parameters
+    words = set(re.findall(r'`"(sloth\w*)"`', text))
+    from sloth_lightning._registry import TRAINER
+
+    assert words == TRAINER.keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora.py", "cli.py"])
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install sloth-plugins[quant]")
+    script = str(ROOT / "benchmarks" / "lightning_step.py")
+    out = tmp_path / "rows.jsonl"
+    arguments = [
+        "--tiny",
+        "--steps",
+        "2",
+        "--cases",
+        "sloth",
+        "loop_plain",
+        "--out",
+        str(out),
+        "--commit",
+        "abc",
+    ]
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=tmp_path,
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["impl"] for row in rows] == ["sloth", "loop_plain"] and rows[0]["commit"] == "abc"
+    assert rows[0]["patched"]["lora_mlp"] == 2 and rows[1]["patched"] == {} and rows[0]["skipped"] == 0
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["peak_bytes"] > 0
+    assert close(rows[0]["losses"], rows[1]["losses"], torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora.py", pytest.param("cli.py", marks=needs_cli)])
 def test_examples(tmp_path: Path, name: str) -> None:
     from sloth_plugins import smollm2
 

@@ -7,11 +7,11 @@ import time
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import sloth_plugins as sloth
+from sloth_plugins.figures import TokenCounter, cuda_devices, peak_bytes
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
@@ -21,7 +21,8 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         settings: sloth_plugins.Settings, or None for the defaults.
-        show_report: print the report to stderr, once, when training begins (main process only).
+        show_report: print the report to stderr, once, when training begins, and at its end which way the
+            head's losses took (main process only).
         overrides: fields of Settings, which win over `settings`.
 
     Raises ValueError for a bad setting when it is made; under `strict=True`, SkippedSiteError when the model
@@ -39,10 +40,10 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         self.acceleration: sloth.Acceleration | None = None
         self._printed: sloth.Acceleration | None = None
         self._warned = False
-        self._counter: Any = None
+        self._counter = TokenCounter()
         self._window_began: float | None = None
         self._step_ended: float | None = None
-        self._tokens = self._run_tokens = 0
+        self._run_tokens = 0
         self._run_seconds = 0.0
 
     # Patching
@@ -166,9 +167,9 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.acceleration is None or logs is None or not {"loss", "train_loss"} & logs.keys():
             return
-        tokens = self._tokens
+        tokens = self._counter.tokens
         seconds = time.perf_counter() - self._window_began if self._window_began is not None else 0.0
-        self._tokens, self._window_began, self._step_ended = 0, None, None
+        self._counter.tokens, self._window_began, self._step_ended = 0, None, None
         self._run_tokens += tokens
         self._run_seconds += seconds
         if "train_loss" in logs:
@@ -177,7 +178,7 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         figures: dict[str, float] = {
             "sloth/patched": len(report.patched),
             "sloth/skipped": len(report.skipped),
-            "sloth/peak_bytes": peak_bytes(),
+            "sloth/peak_bytes": peak_bytes(cuda_devices([self.acceleration.model])),
         }
         if tokens and seconds > 0:
             figures["sloth/tokens_per_s"] = round(tokens / seconds, 1)
@@ -188,60 +189,30 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop_counting()
+        self._counter.stop()
+        if self._show_report and state.is_world_process_zero and self.acceleration is not None:
+            for line in self.acceleration.report.head_line().splitlines():
+                print(f"sloth head {line}", file=sys.stderr)
 
     def _reset_figures(self) -> None:
         self._window_began = self._step_ended = None
-        self._tokens = self._run_tokens = 0
+        self._counter.tokens = self._run_tokens = 0
         self._run_seconds = 0.0
 
-    def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.remove()
-            self._counter = None
-
     def _count_tokens(self, trainer: Trainer | None) -> None:
-        """Count the tokens (padding included) that this process trains on, between two logs."""
-        self._stop_counting()  # a run that ended in an error has left its own
+        self._counter.stop()  # a run that ended in an error has left its own
         model = self.acceleration.model if self.acceleration is not None else None
         if model is None:
             return
 
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
-                return
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            embeddings = kwargs.get("inputs_embeds")
-            if isinstance(ids, torch.Tensor):
-                self._tokens += ids.numel()
-            elif isinstance(embeddings, torch.Tensor):
-                self._tokens += embeddings.shape[0] * embeddings.shape[1]
-
         wrapped = getattr(trainer, "model_wrapped", None)
-        if isinstance(getattr(wrapped, "_orig_mod", None), nn.Module):
-            backbone: Any = wrapped  # a hook inside what torch.compile traces would run once, in tracing
-        else:
-            # TRL's fused heads call the backbone past the top module, so the count sits where both come by.
-            backbone = getattr(model, "base_model", model)
-            backbone = getattr(backbone, "model", backbone)  # PEFT: LoraModel.model is the causal LM
-            backbone = getattr(backbone, "base_model", backbone)
-        if isinstance(backbone, nn.Module):
-            self._counter = backbone.register_forward_pre_hook(count, with_kwargs=True)
+        compiled = isinstance(getattr(wrapped, "_orig_mod", None), nn.Module)
+        self._counter.watch(model, wrapped if compiled else None)
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(f"sloth: {message}", stacklevel=3)
-
-
-def peak_bytes() -> int:
-    """The most memory so far: allocated on the current CUDA device; on a CPU, this process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import time
 import warnings
 import weakref
@@ -14,7 +13,9 @@ import torch
 from torch import nn
 
 import sloth_plugins as sloth
+from sloth_plugins.figures import TokenCounter, cuda_devices, peak_bytes
 
+WRAPPED = {"_orig_mod", "_fsdp_wrapped_module"}  # what torch.compile and FSDP1 hold the model as
 _PREPARED: weakref.WeakKeyDictionary[nn.Module, sloth.Acceleration] = weakref.WeakKeyDictionary()
 
 
@@ -25,18 +26,40 @@ def prepare(
     device: torch.device | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Patch `model` in `configure_model`, before `fully_shard`; returns it.
+    """Patch `model` in `configure_model`, before `fully_shard` or the strategy's own wrapping; returns it.
 
     Later its parameters are sharded, and a patch can't be proven any more. Kernels are chosen for the device
-    that the parameters are on, so `device` (None: leave it) moves the model there first. The strategy then
-    leaves it as it is, and undoes it at teardown. Raises ValueError for a bad setting or a model on the meta
-    device.
+    that the parameters are on, so `device` (None: leave it) moves the model there first. A strategy or a
+    callback of ours then leaves it as it is, and undoes it at teardown. A model that is sharded already is
+    left alone with a warning (SkippedSiteError under strict=True). Raises ValueError for a bad setting or a
+    model on the meta device.
     """
+    chosen = sloth.Settings.resolve(settings, overrides, "sloth_lightning.prepare()")
+    if reason := _sharded(model):
+        Patcher(chosen).leave(reason)
+        return model
     if device is not None:
         model = model.to(device)
-    _PREPARED[model] = sloth.accelerate(
-        model, sloth.Settings.resolve(settings, overrides, "sloth_lightning.prepare()")
-    )
+    _PREPARED[model] = sloth.accelerate(model, chosen)
+    return model
+
+
+def shard(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard `model` in place with FSDP2 over `mesh["data_parallel"]`: each layer, then what is left.
+
+    Layers are the entries of the outermost `nn.ModuleList`s.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    def walk(parent: nn.Module) -> None:
+        for child in parent.children():
+            if isinstance(parent, nn.ModuleList):
+                fully_shard(child, mesh=mesh["data_parallel"])
+            else:
+                walk(child)
+
+    walk(model)
+    fully_shard(model, mesh=mesh["data_parallel"])
     return model
 
 
@@ -72,7 +95,7 @@ def _tuples(values: Any) -> dict[str, Any]:
 
 
 def transformers_in(module: nn.Module) -> list[nn.Module]:
-    """The outermost transformers and PEFT models below `module`, each once, out of torch.compile's wrapper.
+    """The outermost transformers and PEFT models below `module`, each once, out of their wrappers.
 
     One is told by its `config` and by what it takes: `input_ids`, or embeddings that it can name.
     """
@@ -84,8 +107,7 @@ def transformers_in(module: nn.Module) -> list[nn.Module]:
             if id(child) in seen:
                 continue
             seen.add(id(child))
-            inner = getattr(child, "_orig_mod", None)
-            if isinstance(inner, nn.Module):
+            if WRAPPED & child._modules.keys():
                 walk(child)
             elif _is_transformer(child):
                 found.append(child)
@@ -128,7 +150,7 @@ class Patcher:
             if prepared is not None and prepared.active:
                 made.append(prepared)
             elif reason := _sharded(model):
-                self.warn(reason)
+                self.leave(reason)
             elif acceleration := self._accelerate(model):
                 made.append(acceleration)
         for old in self.accelerations:
@@ -138,7 +160,7 @@ class Patcher:
 
     def _accelerate(self, model: nn.Module) -> sloth.Acceleration | None:
         if any(p.is_meta for p in model.parameters()):
-            self.warn(f"{type(model).__name__} is on the meta device, so it is left as it is")
+            self.leave(f"{type(model).__name__} is on the meta device, so it is left as it is")
             return None
         try:
             return sloth.accelerate(model, self.settings)
@@ -158,6 +180,12 @@ class Patcher:
         for acceleration in self.accelerations:
             acceleration.undo()
 
+    def leave(self, reason: str) -> None:
+        """Say once why a model is left alone; SkippedSiteError under strict=True."""
+        if self.settings.strict:
+            raise sloth.SkippedSiteError(f"strict=True: {reason}")
+        self.warn(reason)
+
     def warn(self, message: str) -> None:
         """A warning, once."""
         if message not in self._warned:
@@ -174,16 +202,18 @@ def _sharded(model: nn.Module) -> str:
             f"the parameters of {name} are sharded already, so it is left as it is: call "
             "sloth_lightning.prepare(model) in configure_model, before fully_shard"
         )
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()) or any(
-        hasattr(p, "ds_id") or p.numel() == 0 for p in model.parameters()
-    ):
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
         return (
-            f"the parameters of {name} are sharded by the strategy, so it is left as it is: "
-            'strategy="sloth_fsdp" shards an accelerated model'
+            f"DeepSpeed ZeRO-3 has sharded the parameters of {name}, so it is left as it is: stages 1 and 2 "
+            'keep them whole, and strategy="sloth_fsdp" shards an accelerated model'
         )
-    if "FlatParameter" in kinds:
+    flat = "FlatParameter" in kinds or any(
+        type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
+    )
+    if flat or any(p.numel() == 0 for p in model.parameters()):
         return (
-            f'FSDP has flattened the parameters of {name}, so it is left as it is: use strategy="sloth_fsdp"'
+            f"FSDP has flattened the parameters of {name}, so it is left as it is: call "
+            "sloth_lightning.prepare(model) in configure_model, before the strategy wraps it"
         )
     return ""
 
@@ -193,43 +223,28 @@ class Figures:
 
     def __init__(self, accelerations: list[sloth.Acceleration]) -> None:
         self._accelerations = accelerations
-        self._tokens = 0
+        self._counter = TokenCounter()
+        self._devices: tuple[torch.device, ...] = ()
         self._pauses = 0.0
         self._ended: float | None = None
         self._paused = False
         self._marks: deque[tuple[float, int]] = deque()
-        self._handles: list[Any] = []
 
     def start(self, module: nn.Module, steps: int) -> None:
         """Count what the accelerated models in `module` train on, over windows of `steps` batches."""
         self.stop()
         self._marks = deque(maxlen=max(steps, 1) + 1)
 
-        # A plain function: callbacks that average weights copy the module with its hooks.
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
-                return
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            embeddings = kwargs.get("inputs_embeds")
-            if isinstance(ids, torch.Tensor):
-                self._tokens += ids.numel()
-            elif isinstance(embeddings, torch.Tensor):
-                self._tokens += embeddings.shape[0] * embeddings.shape[1]
-
-        models = {id(a.model) for a in self._accelerations}
-        wrappers = {id(m._orig_mod): m for m in module.modules() if isinstance(m, _compiled_type())}
-        for child in module.modules():
-            if id(child) in models:
-                # A hook inside what torch.compile traces would run once, in tracing.
-                target = wrappers.get(id(child), child)
-                self._handles.append(target.register_forward_pre_hook(count, with_kwargs=True))
+        compiled = {id(m._orig_mod): m for m in module.modules() if isinstance(m, _compiled_type())}
+        for acceleration in self._accelerations:
+            if (model := acceleration.model) is not None:
+                self._counter.watch(model, compiled.get(id(model)))
+        self._devices = cuda_devices(a.model for a in self._accelerations)
 
     def stop(self) -> None:
         """Take the counting hooks out."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._tokens, self._pauses, self._ended, self._paused = 0, 0.0, None, False
+        self._counter.stop()
+        self._counter.tokens, self._pauses, self._ended, self._paused = 0, 0.0, None, False
         self._marks.clear()
 
     def pause(self) -> None:
@@ -243,12 +258,12 @@ class Figures:
             self._pauses += now - self._ended
         self._paused = False
         if not self._marks:
-            self._marks.append((now, self._tokens))
+            self._marks.append((now, self._counter.tokens))
 
     def batch_ends(self) -> float | None:
         """Tokens per second over the window, padding included."""
         self._ended = now = time.perf_counter()
-        self._marks.append((now - self._pauses, self._tokens))
+        self._marks.append((now - self._pauses, self._counter.tokens))
         (began, before), (ended, after) = self._marks[0], self._marks[-1]
         return (after - before) / (ended - began) if after > before and ended > began else None
 
@@ -258,7 +273,7 @@ class Figures:
         figures = {
             "sloth/patched": float(sum(len(r.patched) for r in reports)),
             "sloth/skipped": float(sum(len(r.skipped) for r in reports)),
-            "sloth/peak_bytes": float(peak_bytes(self._accelerations)),
+            "sloth/peak_bytes": float(peak_bytes(self._devices)),
         }
         return figures if rate is None else {"sloth/tokens_per_s": round(rate, 1), **figures}
 
@@ -267,17 +282,6 @@ def _compiled_type() -> type[nn.Module]:
     from torch._dynamo import OptimizedModule
 
     return OptimizedModule
-
-
-def peak_bytes(accelerations: list[sloth.Acceleration]) -> int:
-    """The most memory so far: allocated on the current CUDA device; on a CPU, this process's resident set."""
-    models = [a.model for a in accelerations if a.model is not None]
-    if any(p.is_cuda for model in models for p in model.parameters()):
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def print_reports(accelerations: list[sloth.Acceleration]) -> None:

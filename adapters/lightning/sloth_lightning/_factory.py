@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sloth_plugins as sloth
-from sloth_lightning._core import Figures, Patcher, print_reports, split
+from sloth_lightning._core import Figures, Patcher, print_reports, shard, split
 
 UNSERVED = ("XLAAccelerator", "MPSAccelerator")
 SETTINGS = """
@@ -233,14 +233,24 @@ def build(trainer_package: str, fabric_package: str, where: str) -> SimpleNamesp
             if isinstance(self, ddp_base):
                 self.set_world_ranks()
 
-    class SlothFSDPStrategy(TrainerPatching, parallel_base):  # type: ignore[misc, valid-type]
+    class DataParallel:
+        """ModelParallelStrategy's sizes, with all devices in the data-parallel group where none are given."""
+
+        _data_parallel_size: Any
+        _tensor_parallel_size: Any
+
+        def setup_environment(self) -> None:
+            if self._data_parallel_size == self._tensor_parallel_size == "auto":
+                devices = self.num_nodes * self.num_processes  # type: ignore[attr-defined]
+                self._data_parallel_size, self._tensor_parallel_size = devices, 1
+            super().setup_environment()  # type: ignore[misc]
+
+    class SlothFSDPStrategy(DataParallel, TrainerPatching, parallel_base):  # type: ignore[misc, valid-type]
         __doc__ = (
             "FSDP2: ModelParallelStrategy, with all devices in the data-parallel group unless sizes are "
             f"given. `configure_model` shards, after sloth_lightning.prepare(model).{SETTINGS}"
         )
         word = "sloth_fsdp"
-        _data_parallel_size: Any
-        _tensor_parallel_size: Any
 
         def __init__(self, settings: Any = None, *, show_report: bool = True, **options: Any) -> None:
             chosen, rest = split(
@@ -248,11 +258,6 @@ def build(trainer_package: str, fabric_package: str, where: str) -> SimpleNamesp
             )
             self.patcher, self.show_report = Patcher(chosen), show_report
             super().__init__(**rest)
-
-        def setup_environment(self) -> None:
-            if self._data_parallel_size == self._tensor_parallel_size == "auto":
-                self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-            super().setup_environment()
 
     class FabricPatching(Patching):
         """Patches at `setup_module`. Fabric has no teardown: `fabric.strategy.undo()`."""
@@ -300,6 +305,28 @@ def build(trainer_package: str, fabric_package: str, where: str) -> SimpleNamesp
             _choose(self, SlothFabricSingleDeviceStrategy, SlothFabricDDPStrategy, "precision")
             if isinstance(self, fabric_ddp):
                 self._set_world_ranks()
+
+    fabric_parallel = fabric.ModelParallelStrategy
+
+    class SlothFabricFSDPStrategy(DataParallel, FabricPatching, fabric_parallel):  # type: ignore[misc, valid-type]
+        __doc__ = (
+            "Fabric's ModelParallelStrategy (FSDP2) with accelerated transformers: each whole model is moved "
+            "to its device, patched and then sharded, by `parallelize_fn(model, mesh)` or, without one, "
+            "layer by layer over all devices. The optimizer is made after `fabric.setup(model)`, from the "
+            f"sharded parameters.{SETTINGS}"
+        )
+        word = "sloth_fsdp"
+
+        def __init__(self, settings: Any = None, *, show_report: bool = True, **options: Any) -> None:
+            names = _names(fabric_parallel.__init__)
+            chosen, rest = split(settings, options, names, f"{type(self).__name__}()")
+            self.patcher, self.show_report = Patcher(chosen), show_report
+            super().__init__(**{"parallelize_fn": shard, **rest})
+
+        def setup_module(self, module: nn.Module) -> nn.Module:
+            if not any(p.is_meta for p in module.parameters()):
+                module.to(self.root_device)  # a patch is proven where it will run
+            return super().setup_module(module)
 
     def _choose(strategy: Any, single: Any, several: Any, precision: str) -> None:
         """Turn `strategy` into its single-device or DDP class: the same object, which its user may hold."""
@@ -363,6 +390,9 @@ def build(trainer_package: str, fabric_package: str, where: str) -> SimpleNamesp
     SlothFabricDDPStrategy.__init__.__signature__ = _signature(  # type: ignore[attr-defined]
         fabric_ddp.__init__, DistributedDataParallel.__init__
     )
+    SlothFabricFSDPStrategy.__init__.__signature__ = _signature(  # type: ignore[attr-defined]
+        fabric_parallel.__init__
+    )
     SlothCallback.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
     made = SimpleNamespace()
@@ -371,6 +401,7 @@ def build(trainer_package: str, fabric_package: str, where: str) -> SimpleNamesp
         SlothDDPStrategy,
         SlothFSDPStrategy,
         SlothFabricDDPStrategy,
+        SlothFabricFSDPStrategy,
         SlothFabricSingleDeviceStrategy,
         SlothFabricStrategy,
         SlothSingleDeviceStrategy,

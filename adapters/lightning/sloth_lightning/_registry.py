@@ -9,7 +9,11 @@ from typing import Any
 from sloth_plugins._autoload import after_import
 
 TRAINER = {"sloth": "SlothStrategy", "sloth_ddp": "SlothDDPStrategy", "sloth_fsdp": "SlothFSDPStrategy"}
-FABRIC = {"sloth": "SlothFabricStrategy", "sloth_ddp": "SlothFabricDDPStrategy"}
+FABRIC = {
+    "sloth": "SlothFabricStrategy",
+    "sloth_ddp": "SlothFabricDDPStrategy",
+    "sloth_fsdp": "SlothFabricFSDPStrategy",
+}
 # Module of Lightning: its registry, the module of ours with the classes, and their names.
 REGISTRIES: dict[str, tuple[str, str, dict[str, str]]] = {
     "lightning.pytorch.strategies": ("StrategyRegistry", "lightning", TRAINER),

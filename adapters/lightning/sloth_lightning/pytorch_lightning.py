@@ -7,6 +7,7 @@ SlothCallback = _made.SlothCallback
 SlothDDPStrategy = _made.SlothDDPStrategy
 SlothFSDPStrategy = _made.SlothFSDPStrategy
 SlothFabricDDPStrategy = _made.SlothFabricDDPStrategy
+SlothFabricFSDPStrategy = _made.SlothFabricFSDPStrategy
 SlothFabricSingleDeviceStrategy = _made.SlothFabricSingleDeviceStrategy
 SlothFabricStrategy = _made.SlothFabricStrategy
 SlothSingleDeviceStrategy = _made.SlothSingleDeviceStrategy
