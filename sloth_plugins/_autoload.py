@@ -22,6 +22,10 @@ AFTER = {
     "lightning.fabric.strategies": "sloth_lightning",
     "pytorch_lightning.strategies": "sloth_lightning",
     "lightning_fabric.strategies": "sloth_lightning",
+    # Three, because the first may be what imports torch and then can't be awaited any more.
+    "axolotl.integrations.base": "sloth_axolotl",
+    "axolotl.utils.config": "sloth_axolotl",
+    "axolotl.cli.config": "sloth_axolotl",
 }
 """A module -> the module of ours that is imported when that one has been."""
 

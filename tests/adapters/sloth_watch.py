@@ -1,0 +1,45 @@
+"""A plugin of sloth that the Axolotl tests put beside it: it writes down which forwards a run has called.
+
+SLOTH_WATCH names the file; process 0 writes {"patched": calls by op, "original": [modules], "idle": ...}.
+"""
+
+import atexit
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from helpers import ForwardCalls
+
+from sloth_plugins import hookimpl
+
+_calls: list[tuple[ForwardCalls, dict[str, str]]] = []
+
+
+@hookimpl
+def sloth_patched(acceleration: Any) -> None:
+    """Watch the newest acceleration; an earlier one of the same model has been undone."""
+    if not _calls:
+        atexit.register(_write)
+    else:
+        _calls.pop()[0].stop()
+    calls = ForwardCalls(acceleration)
+    _calls.append((calls, {row.module: row.op for row in acceleration.report.patched}))
+    calls.start()
+
+
+def _write() -> None:
+    calls, ops = _calls[0]
+    calls.stop()
+    path = os.environ.get("SLOTH_WATCH")
+    if path and os.environ.get("RANK", "0") == "0":
+        try:
+            calls.check()
+            problem = ""
+        except AssertionError as error:
+            problem = str(error)[:2000]
+        counted: Counter[str] = Counter()
+        for module, number in calls.patched.items():
+            counted[ops[module]] += number
+        Path(path).write_text(json.dumps({"patched": counted, "problem": problem}))
