@@ -23,6 +23,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "verify": (True, False),
     "strict": (True, False),
     "head_loss": ("auto", "off"),
+    "keep_float32": (True, False),
     "disable": ((), "rope", ["rope", "gated_mlp"], {"rms_norm"}, ["mine.conv"]),
 }
 # Field -> bad values, and what the message must hold beside the field's name and the value.
@@ -55,6 +56,7 @@ BAD: dict[str, tuple[tuple[Any, str], ...]] = {
     "verify": ((1, "True and False"), ("yes", "True and False"), (None, "True and False")),
     "strict": ((0, "True and False"), ("true", "True and False")),
     "head_loss": (("automatic", "'auto'"), (False, "'off'")),
+    "keep_float32": ((None, "True and False"), ("no", "True and False")),
     "disable": (
         ("rms_norms", "Did you mean 'rms_norm'?"),
         (["rope", "conv"], "gated_mlp"),

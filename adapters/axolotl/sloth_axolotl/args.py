@@ -41,6 +41,11 @@ class SlothOptions(BaseModel):
         description="`auto`: the loss of the head without holding logits, where a kernel for it is there; "
         "`off`",
     )
+    keep_float32: bool = Field(
+        True,
+        description="`false`: frozen weights that were cast up to float32 beside 4-bit layers go back to 16 "
+        "bits, which loses nothing",
+    )
     disable: list[str] | str = Field(
         default_factory=list,
         description="ops to leave alone, by the names in the report: `[rope, lora_mlp]`",
