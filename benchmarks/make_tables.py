@@ -1,11 +1,12 @@
-"""Write the kernel table of README.md from benchmarks/results/*.jsonl.
+"""Write the tables of the kernels and of the head in README.md from benchmarks/results/*.jsonl.
 
-    python benchmarks/make_tables.py            # write it
+    python benchmarks/make_tables.py            # write them
     python benchmarks/make_tables.py --check    # exit with 1 if README.md is not what would be written
 
-A result file holds one JSON object a line, as benchmarks/kernels.py writes them. Files of other measurements,
-whose rows have no `share_of_copy`, are left out. Of the files of one GPU kind the newest counts: the one with
-the latest date (YYYY-MM-DD) in its name, and of equal dates the last by name. Needs nothing but Python.
+A result file holds one JSON object a line, as benchmarks/kernels.py writes them (with `share_of_copy`) or
+benchmarks/head.py (`measurement` is "head"). Files of other measurements are left out. Of the files of one
+GPU kind and measurement the newest counts: the one with the latest date (YYYY-MM-DD) in its name, and of
+equal dates the last by name. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -38,6 +39,24 @@ KEYS = (
     "peak_bytes",
     "max_rel_error",
 )
+HEAD_BEGIN, HEAD_END = "<!-- head-table:begin -->", "<!-- head-table:end -->"
+HEAD_KEYS = (
+    "gpu",
+    "driver",
+    "torch",
+    "triton",
+    "commit",
+    "measurement",
+    "case",
+    "impl",
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "of_matmuls",
+    "peak_bytes",
+    "loss_rel_error",
+    "max_rel_error",
+)
 PASSES = ("forward", "backward")
 IMPLEMENTATIONS = ("sloth", "liger")
 NOTHING = "No measurement is recorded yet; [benchmarks/README.md](benchmarks/README.md) says how to make one."
@@ -48,8 +67,8 @@ class BadResult(ValueError):
     """A result file that can't be read; the message names file and line."""
 
 
-def read(path: Path) -> list[Row]:
-    """The kernel rows of a result file; none if it holds another measurement."""
+def read(path: Path, head: bool = False) -> list[Row]:
+    """The kernels' rows of a result file, or the head's; none if it holds another measurement."""
     rows: list[Row] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -60,11 +79,13 @@ def read(path: Path) -> list[Row]:
             raise BadResult(f"{path.name}, line {number}: {error}") from error
         if not isinstance(row, dict):
             raise BadResult(f"{path.name}, line {number}: no JSON object")
-        if not rows and "share_of_copy" not in row:
+        if not rows and not (row.get("measurement") == "head" if head else "share_of_copy" in row):
             return []
-        if missing := [key for key in KEYS if key not in row]:
+        if missing := [key for key in (HEAD_KEYS if head else KEYS) if key not in row]:
             raise BadResult(f"{path.name}, line {number}: lacks {', '.join(missing)}")
-        if row["pass"] not in PASSES or row["impl"] not in IMPLEMENTATIONS:
+        if head:
+            pass
+        elif row["pass"] not in PASSES or row["impl"] not in IMPLEMENTATIONS:
             raise BadResult(
                 f"{path.name}, line {number}: pass={row['pass']!r}, impl={row['impl']!r}; allowed are "
                 f"{', '.join(PASSES)} and {', '.join(IMPLEMENTATIONS)}"
@@ -75,7 +96,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def newest(results: Path) -> dict[str, list[Row]]:
+def newest(results: Path, head: bool = False) -> dict[str, list[Row]]:
     """The rows of the newest file of each GPU kind."""
 
     def age(path: Path) -> tuple[str, str]:
@@ -84,7 +105,7 @@ def newest(results: Path) -> dict[str, list[Row]]:
 
     found: dict[str, list[Row]] = {}
     for path in sorted(results.glob("*.jsonl"), key=age):
-        if rows := read(path):
+        if rows := read(path, head):
             found[rows[0]["gpu"]] = rows
     return dict(sorted(found.items()))
 
@@ -108,19 +129,40 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def section(results: Path) -> str:
+def head_table(rows: Sequence[Row]) -> str:
+    """One run of benchmarks/head.py: a line for each case and implementation, in the run's order."""
+    first = rows[0]
+    lines = [
+        f"**{first['gpu']}**: driver {first['driver']}, torch {first['torch']}, triton {first['triton']}, "
+        f"commit {first['commit'][:12]}",
+        "",
+        "| case | loss | time (ms) | of the bare matmuls | peak (GiB) | error of the worst gradient |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        error = "-" if row["max_rel_error"] is None else f"{row['max_rel_error']:.1e}"
+        lines.append(
+            f"| {row['case']} | {row['impl']} | {row['p50_us'] / 1e3:.1f} | {row['of_matmuls']:.2f} | "
+            f"{row['peak_bytes'] / 2**30:.2f} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def section(results: Path, head: bool = False) -> str:
     """What belongs between the markers."""
-    tables = [table(rows) for rows in newest(results).values()]
+    tables = [(head_table if head else table)(rows) for rows in newest(results, head).values()]
     return "\n\n".join(tables) if tables else NOTHING
 
 
 def updated(readme: str, results: Path) -> str:
-    """The README's text with the section made anew. Raises BadResult where a marker is missing or doubled."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise BadResult(f"README.md must hold {BEGIN} and {END}, once each and in this order")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}"
+    """The README's text with both sections anew. Raises BadResult where a marker is missing or doubled."""
+    for head, begin, end in ((False, BEGIN, END), (True, HEAD_BEGIN, HEAD_END)):
+        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+            raise BadResult(f"README.md must hold {begin} and {end}, once each and in this order")
+        before, rest = readme.split(begin)
+        after = rest.split(end)[1]
+        readme = f"{before}{begin}\n\n{section(results, head)}\n\n{end}{after}"
+    return readme
 
 
 def _us(row: Row | None) -> str:
@@ -137,7 +179,7 @@ def _ratio(sloth: Row | None, liger: Row | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done, or up to date; 1: stale; 2: unreadable."""
-    parser = argparse.ArgumentParser(description="Write the kernel table of README.md from the results.")
+    parser = argparse.ArgumentParser(description="Write the tables of README.md from the results.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if README.md is stale"
     )

@@ -30,6 +30,7 @@ from sloth_plugins.specs import (
     SlothError,
 )
 from sloth_plugins.survey import PATCHES, PlanContext, is_ours, linear_widths
+from sloth_plugins.upcasts import narrow_upcasts
 from sloth_plugins.verify import Trial, VerificationError, capture, nonfinite_parameters, undisturbed, verify
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -107,6 +108,8 @@ class Acceleration:
             installed = MethodType(forward, module)
             module.__dict__["forward"] = installed
             self._slots.append((module, before, installed))
+        if patch.counts is not None:
+            self.report.head[patch.module] = patch.counts
 
 
 def accelerate(
@@ -230,6 +233,10 @@ class _Run:
         return kept
 
     def apply(self) -> Acceleration:
+        if not self.settings.keep_float32:
+            note, widen = narrow_upcasts(self.model)
+            self.acceleration._undo.append(widen)
+            self.report.notes.append(note)
         patches = self.planned()
         if not self.settings.verify:
             patches = [part for patch in patches for part in (patch.otherwise or (patch,))]

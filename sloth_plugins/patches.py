@@ -29,7 +29,7 @@ Forward = Callable[..., Any]
 def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch | Skip]:
     """The built-in plan: one patch a norm, MLP, attention and residual; q/k norms join the rotary one.
 
-    PEFT's LoRA layers join their MLP's patch, or get their own.
+    PEFT's LoRA layers join their MLP's patch, or get their own; the output embedding gets the head's.
     """
     plans: list[Patch | Skip] = []
     norms = {site.module: site for role in ("rms_norm", "layer_norm") for site in context.by_role(role)}
@@ -59,9 +59,10 @@ def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch
     for site in context.by_role("decoder_layer"):
         if "steps" in site.facts:
             add(site.module, "add_rms_norm", partial(_add_rms_norm_patch, model, site, context))
-    from sloth_plugins.lora import with_lora  # it imports this module
+    from sloth_plugins.head import with_head  # they import this module
+    from sloth_plugins.lora import with_lora
 
-    return with_lora(model, context, plans)
+    return with_head(model, context, with_lora(model, context, plans))
 
 
 def named_like(function: Forward, like: nn.Module) -> Forward:

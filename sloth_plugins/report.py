@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -43,7 +43,11 @@ class Patched:
 
 @dataclass(kw_only=True)
 class Report:
-    """The record of one acceleration (or, `planned`, of what one would do)."""
+    """The record of one acceleration (or, `planned`, of what one would do).
+
+    `head` counts, while the model trains, how each output embedding's logits were asked for (see
+    `sloth_plugins.head.COUNTS`).
+    """
 
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
@@ -51,6 +55,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     checkpointing: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Mapping[str, int]] = field(default_factory=dict)
     sites: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     planned: bool = False
@@ -64,10 +69,23 @@ class Report:
             "settings": dict(self.settings),
             "environment": dict(self.environment),
             "checkpointing": dict(self.checkpointing),
+            "head": {module: dict(counts) for module, counts in self.head.items()},
             "sites": dict(self.sites),
             "seconds": self.seconds,
             "planned": self.planned,
         }
+
+    def head_line(self) -> str:
+        """In one sentence a head: which way the losses took since the model was patched; "" without one."""
+        said = []
+        for module, counts in self.head.items():
+            ways = {"fused": "fused", "in_chunks": "in chunks", "materialised": "from all logits"}
+            asked = ", ".join(f"{counts[key]} {way}" for key, way in ways.items())
+            if not counts["deferred"]:
+                asked = "the patch stood idle, because no loss asked this module for logits"
+                asked += " (the trainer has a head of its own that reads the weight)"
+            said.append(f"{module}: {asked}; {counts['own_forward']} calls of its own forward")
+        return "\n".join(said)
 
     def to_json(self) -> str:
         """The report as indented JSON text."""
@@ -103,7 +121,8 @@ class Report:
             for (op, kernel), rows in _grouped((row.op, row.kernel, row) for row in self.patched).items():
                 modules = shorten([row.module for row in rows])
                 ours, eager = _worst(r.max_rel_error for r in rows), _worst(r.eager_rel_error for r in rows)
-                table.add_row(Text(op), Text(kernel), Text(modules), str(len(rows)), ours, eager)
+                short = kernel.removesuffix(f".{op}")  # the op has a column, and long names would be folded
+                table.add_row(Text(op), Text(short), Text(modules), str(len(rows)), ours, eager)
             yield table
         if self.skipped:
             table = Table()
@@ -117,6 +136,8 @@ class Report:
         if self.checkpointing:
             plan = self.checkpointing
             yield Text(f"checkpointing: {plan.get('chosen')} ({plan.get('reason')})")
+        if any(any(counts.values()) for counts in self.head.values()):
+            yield Text(f"head: {self.head_line()}")
         for note in self.notes:
             yield Text(f"note: {note}")
 

@@ -21,6 +21,8 @@ OPS = (
     "qk_norm_rope",
     "lora_linear",
     "lora_mlp",
+    "linear_cross_entropy",
+    "linear_log_probs",
 )
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -76,6 +78,9 @@ class Settings:
     """
     head_loss: HeadLoss = "auto"
     """"auto": compute the loss of the head without holding logits where a kernel for it is there."""
+    keep_float32: bool = True
+    """False: frozen float32 weights beside 4-bit layers whose values are 16-bit ones (as PEFT's
+    prepare_model_for_kbit_training leaves norms, embeddings and head) are kept in 16 bits until undo."""
     disable: frozenset[str] = frozenset()
     """Ops to leave alone, by name (`sloth_plugins.settings.OPS`, and names that plugins add with a dot)."""
 
@@ -89,7 +94,7 @@ class Settings:
                 f"checkpointing={self.checkpointing!r}: allowed are {', '.join(map(repr, CHECKPOINTING))} or "
                 "a plan (an object with apply(model))"
             )
-        for name in ("verify", "strict"):
+        for name in ("verify", "strict", "keep_float32"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are True and False")
         if self.memory_budget_bytes is not None:

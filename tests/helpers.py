@@ -174,6 +174,8 @@ class ForwardCalls:
         self._kinds: dict[tuple[int, int], Counter[str]] = {}
         self._helper_codes = set()
         for row in acceleration.report.patched:
+            if row.op == "linear_cross_entropy":  # TRL uses the head's weight, generation its own forward
+                continue
             module = model.get_submodule(row.module)
             self._names[id(module)] = row.module
             # Decorators are kept around a patch, so what counts is what they wrap.

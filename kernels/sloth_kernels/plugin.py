@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from sloth_kernels import add_rms_norm, gated_activation, layer_norm, lora, qk_norm_rope, rms_norm, rope
+from sloth_kernels import (
+    add_rms_norm,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    lora,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+)
 from sloth_kernels._library import INTERPRETED, triton_unavailable
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.specs import FLOATS, KernelSpec
@@ -52,11 +62,23 @@ OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("qk_norm_rope", qk_norm_rope.qk_norm_rope, qk_norm_rope.qk_norm_rope_reference),
     ("lora_linear", lora.lora_linear, lora.lora_linear_reference),
     ("lora_mlp", lora.lora_mlp, lora.lora_mlp_reference),
+    (
+        "linear_cross_entropy",
+        linear_cross_entropy.linear_cross_entropy,
+        linear_cross_entropy.linear_cross_entropy_reference,
+    ),
+    (
+        "linear_log_probs",
+        linear_cross_entropy.linear_log_probs,
+        linear_cross_entropy.linear_log_probs_reference,
+    ),
 )
-# Hand-derived gradients around matmuls are worth it without Triton as well.
+# Hand-derived gradients and chunks around matmuls are worth it without Triton as well.
 WITHOUT_TRITON: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear_without_triton,
     "lora_mlp": lora_mlp_without_triton,
+    "linear_cross_entropy": partial(linear_cross_entropy.linear_cross_entropy, fused=False),
+    "linear_log_probs": partial(linear_cross_entropy.linear_log_probs, fused=False),
 }
 
 

@@ -54,13 +54,14 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 
 
 def expected_sites(directory: Path) -> set[str]:
-    """Every norm, MLP and attention of the saved model, by the names of transformers' classes."""
+    """The head and every norm, MLP, attention of the saved model, by the names of transformers' classes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     kinds = ("RMSNorm", "MLP", "Attention")
-    return {name for name, module in model.named_modules() if type(module).__name__.endswith(kinds)}
+    named = {name for name, module in model.named_modules() if type(module).__name__.endswith(kinds)}
+    return named | {"lm_head"}
 
 
 def listed(report: dict[str, Any]) -> set[str]:
@@ -173,7 +174,7 @@ def test_verify_smollm2(capsys: pytest.CaptureFixture[str]) -> None:
     code, report = run_json(capsys, "verify", directory)
     assert code == 0
     assert listed(report) == expected_sites(directory)
-    assert len(listed(report)) == 61 + 30 + 30
+    assert len(listed(report)) == 61 + 30 + 30 + 1
 
 
 # plan
@@ -194,7 +195,7 @@ def test_plan_makes_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str
     LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
     code, report = run_json(capsys, "plan", tmp_path)
     assert code == 0
-    assert len(listed(report)) == 161 + 80 + 80
+    assert len(listed(report)) == 161 + 80 + 80 + 1
 
 
 def test_plan_falls_back_to_the_bare_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +215,7 @@ def test_plan_disables_ops(
 ) -> None:
     code, report = run_json(capsys, "plan", models["phi3"], "--disable", *given)
     assert code == 0
-    assert {row["op"] for row in report["patched"]} == {"rms_norm", "add_rms_norm"}
+    assert {row["op"] for row in report["patched"]} == {"rms_norm", "add_rms_norm", "linear_cross_entropy"}
     assert {row["op"] for row in report["skipped"]} == {"rope", "gated_mlp"}
 
 

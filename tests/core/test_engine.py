@@ -579,7 +579,8 @@ def test_two_roots() -> None:
     want = loss_and_gradients(model, ids)
     inner = sloth.accelerate(model.model)
     outer = sloth.accelerate(model)
-    assert len(outer.report.patched) == len(inner.report.patched) == len(forwards(model))
+    head = 1  # the whole model's alone
+    assert len(outer.report.patched) == len(inner.report.patched) + head == len(forwards(model))
     same_training(model, want, ids)
     inner.undo()
     assert len(forwards(model)) == len(outer.report.patched)
@@ -591,7 +592,7 @@ def test_two_roots() -> None:
     outer = sloth.accelerate(model)
     inner = sloth.accelerate(model.model)
     inner.undo()
-    assert not forwards(model)
+    assert forwards(model).keys() == {"lm_head"}
     again = sloth.accelerate(model)  # not the old one, whose patches are gone
     assert again is not outer and len(forwards(model)) == len(again.report.patched)
     again.undo()

@@ -84,7 +84,8 @@ def test_a_stale_table_is_found_and_made_anew(
     assert tables.main(options) == 0 and tables.main([*options, "--check"]) == 0
     written = readme.read_text(encoding="utf-8")
     assert written.split(tables.BEGIN)[0] == README.split(tables.BEGIN)[0]
-    assert written.split(tables.END)[1] == README.split(tables.END)[1]
+    after = [text.split(tables.END)[1].split(tables.HEAD_BEGIN)[0] for text in (written, README)]
+    assert after[0] == after[1]
     lines = section(written, "kernel-table").split("\n")
     assert "| rms_norm_4096_frozen | forward | 40.0 | 91 % | 50.0 | 1.25 |" in lines
     assert "| rms_norm_4096_frozen | backward | 40.0 | 91 % | - | - |" in lines
@@ -99,6 +100,26 @@ def test_the_newest_file_of_each_gpu_counts(tables: ModuleType, tmp_path: Path) 
     made = tables.section(tmp_path)
     assert "| 22.0 |" in made and "| 33.0 |" in made and "| 11.0 |" not in made
     assert made.index("GPU A") < made.index("GPU B")
+
+
+def test_the_head_has_a_table_of_its_own(tables: ModuleType, tmp_path: Path) -> None:
+    common = dict.fromkeys(tables.HEAD_KEYS, "x") | row() | dict(measurement="head", case="frozen_128256")
+    del common["share_of_copy"]
+    measured = dict(p50_us=25_000.0, of_matmuls=1.104, peak_bytes=2**29, max_rel_error=0.00234)
+    save(
+        tmp_path / "2026-02-01-a-head.jsonl",
+        {**common, **measured},
+        {**common, "impl": "matmuls", "max_rel_error": None, "of_matmuls": 1.0},
+    )
+    save(tmp_path / "2026-02-01-a.jsonl", row())
+    text = "<!-- kernel-table:begin --><!-- kernel-table:end --> and"
+    text += "<!-- head-table:begin -->old<!-- head-table:end --> after"
+    (readme := tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
+    written = readme.read_text(encoding="utf-8")
+    assert "| frozen_128256 | sloth | 25.0 | 1.10 | 0.50 | 2.3e-03 |" in section(written, "head-table")
+    assert "| frozen_128256 | matmuls | 0.0 | 1.00 | 0.06 | - |" in section(written, "head-table")
+    assert "rms_norm_4096_frozen" in section(written, "kernel-table") and "old" not in written
 
 
 def test_no_results_is_said(tables: ModuleType, tmp_path: Path) -> None:
@@ -133,12 +154,14 @@ def test_a_readme_without_markers_is_refused(text: str, tables: ModuleType, tmp_
 
 
 def test_the_benchmark_writes_what_is_read(tables: ModuleType) -> None:
-    """Every key stands in benchmarks/kernels.py, and in the table of benchmarks/README.md."""
+    """Every key stands in the benchmark that writes it, and in the table of benchmarks/README.md."""
     program = (ROOT / "benchmarks" / "kernels.py").read_text(encoding="utf-8")
     described = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    for key in tables.KEYS:
-        assert f'"{key}"' in program, key
-        assert f"`{key}`" in described, key
+    heads = program + (ROOT / "benchmarks" / "head.py").read_text(encoding="utf-8")
+    for keys, text in ((tables.KEYS, program), (tables.HEAD_KEYS, heads)):
+        for key in keys:
+            assert f'"{key}"' in text, key
+            assert f"`{key}`" in described, key
 
 
 # Settings, commands, links

@@ -687,6 +687,7 @@ def test_the_meta_device() -> None:
         "rms_norm",
         "gated_mlp",
         "add_rms_norm",
+        "linear_cross_entropy",
     }
     assert "would patch" in str(report) and not forwards(meta)
     assert {row.max_rel_error for row in report.patched} == {None}
@@ -737,7 +738,7 @@ def test_it_sees_through_lora_and_modules_to_save() -> None:
         "modules_to_save" in name for name in gradients
     )
     for name, gradient in gradients.items():
-        torch.testing.assert_close(patched_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(patched_gradients[name], gradient, rtol=1e-4, atol=1e-6)
     acceleration.undo()
     assert torch.equal(loss_and_gradients(model, ids)[0], loss)
 
@@ -833,7 +834,7 @@ def test_kernels_off_patches_nothing_and_says_so_without_a_warning() -> None:
 
 def test_disabled_ops_are_left_alone() -> None:
     every = set(patched_ops(sloth.accelerate(tiny_model("qwen3")).report).values())
-    assert every == {"qk_norm_rope", "rms_norm", "gated_mlp", "add_rms_norm"}
+    assert every == {"qk_norm_rope", "rms_norm", "gated_mlp", "add_rms_norm", "linear_cross_entropy"}
     for op in every:
         report = sloth.accelerate(tiny_model("qwen3"), disable=[op], strict=True).report
         assert op not in patched_ops(report).values()

@@ -47,7 +47,7 @@ def test_verification_of_an_8b_model_takes_seconds_and_little_memory(family: str
     assert all(row.kernel.startswith("sloth.triton.") for row in acceleration.report.patched)
     norms = 65 if family == "llama" else 65 + 64
     layers_and_mlps_and_rotaries = 3 * 32
-    assert len(acceleration.report.patched) == norms + layers_and_mlps_and_rotaries
+    assert len(acceleration.report.patched) == norms + layers_and_mlps_and_rotaries + 1  # the head
     assert seconds < 3.0
     assert extra < 2**30
     assert torch.cuda.memory_allocated() - before < 2**20

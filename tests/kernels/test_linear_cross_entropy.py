@@ -1,0 +1,691 @@
+"""linear_cross_entropy and linear_log_probs: every output and gradient against eager and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sloth_kernels import linear_cross_entropy as op
+from sloth_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_log_probs,
+    linear_log_probs_reference,
+)
+from sloth_kernels.nf4 import FourBit
+from three_way import check
+
+from sloth_plugins.numerics import bound, relative_error
+
+GPU = torch.cuda.is_available()
+# Triton's kernels in the dtypes that the interpreter gets right; PyTorch's operators in every dtype.
+WAYS = [
+    pytest.param(True, torch.float32, id="fused-fp32"),
+    pytest.param(True, torch.float16, id="fused-fp16"),
+    pytest.param(True, torch.bfloat16, id="fused-bf16", marks=pytest.mark.gpu),
+    pytest.param(False, torch.float32, id="torch-fp32"),
+    pytest.param(False, torch.float16, id="torch-fp16"),
+    pytest.param(False, torch.bfloat16, id="torch-bf16"),
+]
+BOTH = [pytest.param(True, id="fused"), pytest.param(False, id="torch")]
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": dict(reduction="sum"),
+    "none": dict(reduction="none"),
+    "num_items": dict(reduction="sum", num_items=7),
+    "num_items tensor": dict(reduction="sum", num_items=torch.tensor(7)),
+    "ignore_index": dict(ignore_index=3),
+    "smoothing": dict(label_smoothing=0.1),
+    "smoothing only": dict(label_smoothing=1.0, reduction="none"),
+    "softcap": dict(softcap=2.0),
+    "scale": dict(scale=0.25),
+    "z_loss": dict(z_loss=1e-2),
+    "z_loss none": dict(z_loss=1e-2, reduction="none"),
+    "together": dict(label_smoothing=0.2, softcap=3.0, scale=2.0, z_loss=1e-2),
+    "together none": dict(label_smoothing=0.2, softcap=3.0, scale=2.0, z_loss=1e-2, reduction="none"),
+    "together sum": dict(label_smoothing=0.2, scale=1.5, z_loss=1e-2, reduction="sum", num_items=12.5),
+}
+LOG_PROBS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": dict(temperature=0.7),
+    "softcap": dict(softcap=2.0),
+    "entropy": dict(entropy=True),
+    "together": dict(temperature=1.3, softcap=3.0, scale=2.0, entropy=True),
+}
+
+
+def tensors(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    rows: tuple[int, ...] = (2, 7),
+    h: int = 24,
+    v: int = 203,
+    ignored: float = 0.3,
+    bias: bool = True,
+) -> dict[str, torch.Tensor | None]:
+    """hidden, weight, labels and bias; a share `ignored` of the labels is -100."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, v, rows, generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = -100
+    made = {
+        "hidden": torch.randn(*rows, h, generator=generator),
+        "weight": torch.randn(v, h, generator=generator) * 2 * h**-0.5,
+        "bias": torch.randn(v, generator=generator) if bias else None,
+    }
+    found: dict[str, torch.Tensor | None] = {
+        n: None if x is None else x.to(device, dtype) for n, x in made.items()
+    }
+    return found | {"labels": labels.to(device)}
+
+
+def with_ids(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    labels = inputs.pop("labels")
+    assert labels is not None
+    return inputs | {"ids": labels.clamp_min(0)}
+
+
+def run(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda **inputs: function(**inputs, **options)
+
+
+def check_loss(inputs: dict[str, Any], fused: bool, **options: Any) -> None:
+    """`check` of linear_cross_entropy. Rows' errors may cancel in eager's one number by luck, so that this is
+    held to their mean size, and everything else to the contract.
+    """
+    kernel = run(linear_cross_entropy, fused=fused, **options)
+    reference = run(linear_cross_entropy_reference, **options)
+    if options.get("reduction") == "none":
+        check(kernel, reference, inputs)
+        return
+
+    def gradients_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        def zero(**given: Any) -> torch.Tensor:
+            loss = function(**given)
+            return loss - loss.detach()
+
+        return zero
+
+    check(gradients_of(kernel), gradients_of(reference), inputs)
+    double = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in inputs.items()}
+    single = {**options, "reduction": "none", "num_items": None}
+    rows, exact = (linear_cross_entropy_reference(**given, **single) for given in (inputs, double))
+    truth = reference(**double)
+    allowed = 1.5 * (rows - exact).abs().sum() * (truth / exact.sum()).nan_to_num() + 1e-6 * truth
+    found = kernel(**inputs)
+    assert found.dtype == torch.float32 and found.shape == ()
+    assert (found - truth).abs() <= allowed, (found, truth, allowed)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = real(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(op.torch, "empty", poisoned)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 4 rows, a shorter one first; what is computed again, 64 columns at a time."""
+    monkeypatch.setattr(op, "most_rows", lambda *_: 4)
+    monkeypatch.setattr(op, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(op, "AGAIN_COLUMNS", 64)
+    yield
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel walks over a row in several blocks, the last one partial."""
+    monkeypatch.setattr(op, "MOST_COLUMNS", 64)
+    yield
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_loss(fused, dtype, options, device, short_blocks):
+    if options.get("ignore_index") is not None:
+        inputs = tensors(device, dtype, ignored=0)
+        inputs["labels"][0, :3] = 3
+    else:
+        inputs = tensors(device, dtype)
+    check_loss(inputs, fused, **options)
+
+
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_float32_logits(fused, dtype, device):
+    """The loss is as exact as of a float32 head; gradients of logits keep the dtype of the matmul."""
+    options = dict(logits_dtype=torch.float32)
+    kernel = run(linear_cross_entropy, fused=fused, **options)
+    inputs = tensors(device, dtype)
+    check(kernel, linear_cross_entropy_reference, inputs)
+    check(kernel, run(linear_cross_entropy_reference, **options), inputs, backward=False)
+
+
+@pytest.mark.parametrize("options", LOG_PROBS.values(), ids=LOG_PROBS)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_log_probs(fused, dtype, options, device, short_blocks):
+    inputs = with_ids(tensors(device, dtype))
+    check(run(linear_log_probs, fused=fused, **options), run(linear_log_probs_reference, **options), inputs)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_gradients_of_entropy_alone_and_of_log_probs_beside_it(fused, device):
+    inputs = with_ids(tensors(device, torch.float32))
+    functions = (
+        run(linear_log_probs, fused=fused, entropy=True),
+        run(linear_log_probs_reference, entropy=True),
+    )
+    each = torch.randn(2, 7, device=device)
+    same = torch.ones((), device=device).expand(2, 7)  # what comes from a sum
+    for upstream in ([None, each], [each, None], [None, same], [same, same]):
+        check(*functions, inputs, upstream=upstream)
+
+
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_top1_is_the_first_of_the_largest(fused, dtype, device, short_blocks):
+    inputs = with_ids(tensors(device, dtype, rows=(3, 4)))
+    weight = inputs["weight"]
+    # Often the largest, in four places: two of one lane of the kernel, and two of others.
+    places = [17, 17 + 64, 70, 202]
+    weight[places] = weight.float().sum(0).to(dtype)
+    inputs["bias"][places] = 0
+    found = linear_log_probs(**inputs, fused=fused, entropy=True, top1=True)
+    wanted = linear_log_probs_reference(**inputs, entropy=True, top1=True)
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64]
+    assert torch.equal(found[2], wanted[2]) and 17 in wanted[2]
+    alone = linear_log_probs(**inputs, fused=fused, top1=True)
+    assert torch.equal(alone[1], wanted[2]) and torch.equal(alone[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("v", "rows"),
+    [*((v, (5,)) for v in (1, 2, 4096, 4097, 9001)), *((31, rows) for rows in ((), (1,), (1, 1), (3, 1, 5)))],
+    ids=str,
+)
+@pytest.mark.parametrize("fused", BOTH)
+def test_shapes(fused, v, rows, device):
+    inputs = tensors(device, torch.float32, rows=rows, v=v, ignored=0, h=8)
+    check_loss(inputs, fused)
+    check(run(linear_log_probs, fused=fused), linear_log_probs_reference, with_ids(inputs))
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_inputs_that_are_not_contiguous(fused, device):
+    inputs = tensors(device, torch.float32, rows=(3, 8))
+    wide = torch.randn(3, 9, 48, device=device)
+    inputs["hidden"] = wide[:, :-1, ::2]
+    inputs["weight"] = inputs["weight"].t().contiguous().t()
+    inputs["labels"] = inputs["labels"].t().contiguous().t()
+    upstream = [torch.randn(8, 3, device=device).t()]
+    for options, given in (({}, None), (dict(reduction="none"), upstream)):
+        functions = (
+            run(linear_cross_entropy, fused=fused, **options),
+            run(linear_cross_entropy_reference, **options),
+        )
+        check(*functions, inputs, upstream=given)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "frozen", [("weight",), ("hidden",), ("weight", "bias"), ("hidden", "weight")], ids=str
+)
+def test_only_what_is_needed(frozen, reduction, fused, device, monkeypatch):
+    inputs = tensors(device, torch.float32)
+    options = dict(reduction=reduction)
+    functions = (
+        run(linear_cross_entropy, fused=fused, **options),
+        run(linear_cross_entropy_reference, **options),
+    )
+    check(*functions, inputs, frozen=frozen)
+    if "weight" in frozen:
+        real = op._product
+
+        def product(out: torch.Tensor, *args: Any) -> None:
+            assert out.shape != inputs["weight"].shape, "the gradient of a frozen weight"
+            real(out, *args)
+
+        monkeypatch.setattr(op, "_product", product)
+        check(*functions, inputs, frozen=frozen)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+@pytest.mark.parametrize("options", [{}, dict(reduction="none")], ids=str)
+def test_no_gradients_without_autograd(options, fused, device, monkeypatch):
+    inputs = tensors(device, torch.float32)
+    wanted = linear_cross_entropy(**inputs, fused=fused, **options)
+    for name in ("hidden", "weight", "bias"):
+        inputs[name].requires_grad_()
+    real, outs = op._rows_pass, []
+    monkeypatch.setattr(op, "_rows_pass", lambda *args: (outs.append(args[2]), real(*args)))
+    with torch.no_grad():
+        found = linear_cross_entropy(**inputs, fused=fused, **options)
+    assert outs == [None] and not found.requires_grad
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss=0.1)], ids=str)
+def test_all_ignored(options, fused, device):
+    inputs = tensors(device, torch.float32, ignored=1.1)
+    for name in ("hidden", "weight", "bias"):
+        inputs[name].requires_grad_()
+    leaves = [inputs[name] for name in ("hidden", "weight", "bias")]
+    for reduction, num_items, wanted in (("mean", None, torch.nan), ("sum", 5, 0.0), ("sum", None, 0.0)):
+        loss = linear_cross_entropy(
+            **inputs, fused=fused, reduction=reduction, num_items=num_items, **options
+        )
+        torch.testing.assert_close(loss, torch.tensor(wanted, device=device), equal_nan=True)
+        for gradient in torch.autograd.grad(loss, leaves):
+            assert not gradient.any()
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_ignored_rows_may_hold_anything(fused, device):
+    inputs = tensors(device, torch.float32)
+    dirty = inputs["hidden"].clone()
+    dirty[inputs["labels"] == -100] = torch.nan
+    for reduction in ("mean", "none"):
+        results = []
+        for hidden in (inputs["hidden"], dirty):
+            hidden = hidden.detach().requires_grad_()
+            given = inputs | {"hidden": hidden}
+            loss = linear_cross_entropy(**given, fused=fused, reduction=reduction)
+            results.append([loss, *torch.autograd.grad(loss.sum(), hidden)])
+        for clean, other in zip(*results, strict=True):
+            assert torch.equal(clean, other)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_a_label_outside_is_nan_alone(fused, device):
+    inputs = tensors(device, torch.float32, ignored=0)
+    wanted = linear_cross_entropy(**inputs, fused=fused, reduction="none")
+    inputs["labels"][0, 0], inputs["labels"][1, 1] = 203, -1
+    found = linear_cross_entropy(**inputs, fused=fused, reduction="none")
+    outside = torch.zeros(2, 7, dtype=torch.bool, device=device)
+    outside[0, 0] = outside[1, 1] = True
+    assert torch.equal(found.isnan(), outside) and torch.equal(found[~outside], wanted[~outside])
+    inputs = with_ids(inputs) | {"ids": torch.full((2, 7), -100, device=device)}
+    assert linear_log_probs(**inputs, fused=fused).isnan().all()
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_logits_of_minus_infinity(fused, device):
+    inputs = tensors(device, torch.float32)
+    inputs["bias"][100:] = -torch.inf
+    inputs["labels"][inputs["labels"] >= 100] = 5
+    check(run(linear_cross_entropy, fused=fused), linear_cross_entropy_reference, inputs, frozen=("bias",))
+    options = dict(entropy=True)
+    functions = run(linear_log_probs, fused=fused, **options), run(linear_log_probs_reference, **options)
+    check(*functions, with_ids(inputs), backward=False)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_large_logits(fused, device):
+    inputs = tensors(device, torch.float32)
+    inputs["hidden"] *= 1e3
+    check_loss(inputs, fused)
+    options = dict(softcap=30.0)
+    check_loss(inputs, fused, **options)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["again", "float32"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_chunks(fused, dtype, reduction, again, device, short_chunks, monkeypatch):
+    """14 rows in chunks of 2, 4, 4 and 4; for a 16-bit dW one is computed again, or it adds up in float32."""
+    monkeypatch.setattr(op, "MOST_AGAIN", 0.3 if again else 0.2)
+    real, firsts = op._rows_pass, []
+    monkeypatch.setattr(op, "_rows_pass", lambda *args: (firsts.append(args[5:6]), real(*args)))
+    inputs = tensors(device, dtype)
+    options = dict(reduction=reduction, label_smoothing=0.1, softcap=4.0, scale=1.5, z_loss=1e-2)
+    check_loss(inputs, fused, **options)
+    columns = [first for (first,) in filter(None, firsts)]
+    wide = dtype == torch.float32 or (dtype == torch.float16 and reduction == "mean")
+    assert columns == ([0, 64, 128, 192] if again and not wide else [])
+    exact = run(linear_cross_entropy, fused=fused, reduction=reduction, logits_dtype=torch.float32)
+    check(exact, run(linear_cross_entropy_reference, reduction=reduction), inputs)
+    options = dict(temperature=0.9, entropy=True)
+    functions = run(linear_log_probs, fused=fused, **options), run(linear_log_probs_reference, **options)
+    check(*functions, with_ids(inputs))
+
+
+@pytest.mark.parametrize("tokens", [1024, 1536, 2048, 4096])
+def test_the_weight_gradient_of_many_chunks(tokens, device, monkeypatch):
+    """bf16: two or three equal chunks, four of which one is computed again, and sums in float32."""
+    inputs = tensors(device, torch.bfloat16, rows=(tokens,), v=700, h=32, ignored=0, bias=False)
+    real, choices = op._weight_chunks, []
+    monkeypatch.setattr(op, "most_rows", lambda *_: 512)
+    monkeypatch.setattr(op, "AGAIN_COLUMNS", 512)
+    monkeypatch.setattr(op, "_weight_chunks", lambda *a: choices.append(real(*a)) or choices[-1])
+    check_loss(inputs, GPU)
+    again = {1024: 0, 1536: 0, 2048: 1, 4096: 0}[tokens]
+    assert choices[-1] == (512, again, tokens == 4096)
+
+
+def test_the_choice_of_chunks(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(op, "CPU_LOGITS_BYTES", op.LOGITS_BYTES)
+    row, beside = 2 * 128_256, 2 * 8192 * 4096
+    assert op.most_rows(row, 0, cpu) == 2432
+    assert op.most_rows(row, beside, cpu) == 2176
+    assert op.most_rows(row, 2**40, cpu) == 1152  # half of it at least
+    assert op.most_rows(2**40, 0, cpu) == 128
+    assert op.chunk_rows(8192, 2176) == 2048
+    assert op.chunk_rows(10_000, 2432) == 2048  # five about equal ones, not four of 2,432 and a rest
+    assert op.chunk_rows(1, 2432) == 128
+    assert op._weight_chunks(8192, 2560) == (2560, 0, False)  # 512, 2560, 2560, 2560
+    assert op._weight_chunks(8192, 2048) == (2048, 1, False)
+    assert op._weight_chunks(8192, 1792) == (1792, 1, False)  # 1024, 1792, 1792, and two at once
+    assert op._weight_chunks(6144, 2048) == (2048, 0, False)
+    assert op._weight_chunks(65_536, 2048) == (2048, 0, True)
+    assert op._weight_chunks(1, 2048) == (2048, 0, False)
+
+
+def test_the_gradient_of_hidden_is_rounded_once(device):
+    """By an incoming gradient of 1/3 as well; the matmul's own rounding would come on top of it."""
+    inputs = tensors(device, torch.bfloat16, rows=(256,), h=256, v=4096, ignored=0, bias=False)
+    inputs["hidden"] /= 16  # nearly equal logits, so that rounding them counts for little
+    inputs["hidden"].requires_grad_()
+    exact = {n: x.detach().double() if x is not None and n != "labels" else x for n, x in inputs.items()}
+    exact["hidden"].requires_grad_()
+    (truth,) = torch.autograd.grad(linear_cross_entropy_reference(**exact), exact["hidden"])
+    third = torch.tensor(1 / 3, device=device)
+    (found,) = torch.autograd.grad(linear_cross_entropy(**inputs, fused=GPU), inputs["hidden"], third)
+    assert found.dtype == torch.bfloat16
+    once = relative_error(truth.bfloat16(), truth)
+    assert relative_error(found, truth / 3) < 1.25 * once
+
+
+def test_a_tensor_on_the_cpu_goes_to_no_triton_kernel(monkeypatch):
+    """As on a machine with a GPU, where nothing is interpreted."""
+    monkeypatch.setattr(op, "INTERPRETED", False)
+    for kernel in ("_rows_kernel", "_scale_kernel", "expand_4bit"):
+        monkeypatch.setattr(op, kernel, None)
+    inputs = tensors(torch.device("cpu"), torch.float32)
+    for name in ("hidden", "weight", "bias"):
+        inputs[name].requires_grad_()
+    linear_cross_entropy(**inputs).backward()
+    linear_log_probs(**with_ids(inputs), entropy=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_gradient_accumulation_weighs_tokens(fused, dtype, kind, device):
+    """One batch of 8 = 2 of 4 = 8 of 1, however many labels each of them has."""
+    inputs = tensors(device, dtype, rows=(8, 5), ignored=0.5)
+    labels = inputs["labels"]
+    labels[3] = -100
+    items = (labels != -100).sum()
+    number = items if kind == "tensor" else float(items)
+    results = []
+    for parts in (1, 2, 8):
+        leaves = [inputs[name].detach().float().requires_grad_() for name in ("hidden", "weight", "bias")]
+        hidden, weight, bias = leaves
+        total = torch.zeros((), device=device)
+        for h, y in zip(hidden.chunk(parts), labels.chunk(parts), strict=True):
+            loss = linear_cross_entropy(
+                h.to(dtype),
+                weight.to(dtype),
+                y,
+                bias=bias.to(dtype),
+                reduction="sum",
+                num_items=number,
+                fused=fused,
+            )
+            loss.backward()
+            total += loss.detach()
+        results.append([total, *(leaf.grad for leaf in leaves)])
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 3e-3
+    for other in results[1:]:
+        assert relative_error(other[0], results[0][0]) < 2e-6
+        for got, want in zip(other[1:], results[0][1:], strict=True):
+            assert relative_error(got, want) < tolerance
+    mean = linear_cross_entropy(**inputs, fused=fused)
+    assert relative_error(results[0][0], mean) < 2e-6
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_a_graph_gone_through_twice(fused, device):
+    inputs = tensors(device, torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    loss = linear_cross_entropy(**inputs, fused=fused)
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    kept = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for one, three, other in zip(first, kept, again, strict=True):
+        torch.testing.assert_close(3 * one, three)
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+@pytest.mark.parametrize("options", [dict(label_smoothing=0.1), dict(reduction="none", softcap=3.0)], ids=str)
+def test_a_gradient_of_a_gradient(options, fused, device):
+    inputs = tensors(device, torch.float32)
+
+    def second(function: Callable[..., Any], dtype: torch.dtype, **more: Any) -> list[torch.Tensor]:
+        leaves = [inputs[n].detach().to(dtype).requires_grad_() for n in ("hidden", "weight", "bias")]
+        hidden, weight, bias = leaves
+        loss = function(hidden, weight, inputs["labels"], bias=bias, **options, **more)
+        first = torch.autograd.grad((loss**2).sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum((g**2).sum() for g in first), leaves))
+
+    truth = second(linear_cross_entropy_reference, torch.float64)
+    for got, want in zip(second(linear_cross_entropy, torch.float32, fused=fused), truth, strict=True):
+        assert relative_error(got, want) < 2e-5
+    inputs = with_ids(inputs)
+    inputs["labels"] = inputs["ids"]
+    options = dict(entropy=True)
+    sums = lambda function: lambda *a, **k: sum(x.sum() for x in function(*a, **k))  # noqa: E731
+    truth = second(sums(linear_log_probs_reference), torch.float64)
+    for got, want in zip(second(sums(linear_log_probs), torch.float32, fused=fused), truth, strict=True):
+        assert relative_error(got, want) < 2e-5
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_an_incoming_gradient_is_applied_in_float32(fused, device):
+    """1/3 is no bf16 number; rounded first it would put every gradient off by the same 0.2 %."""
+    dtype = torch.bfloat16 if GPU or not fused else torch.float16
+    inputs = tensors(device, dtype, rows=(64,), ignored=0)
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight")]  # of many values
+    loss = linear_cross_entropy(**inputs, fused=fused, label_smoothing=0.1)
+    thirds = torch.autograd.grad(loss, leaves, torch.tensor(1 / 3, device=device))
+    wholes = torch.autograd.grad(linear_cross_entropy(**inputs, fused=fused, label_smoothing=0.1), leaves)
+    for third, whole in zip(thirds, wholes, strict=True):
+        share = (third.double() * whole.double()).sum() / whole.double().square().sum()
+        assert abs(3 * share - 1) < 1e-3
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_small_float16_gradients_survive_the_mean(fused, device):
+    """p / 65,536 is below float16's smallest number; with a loss scale eager's is not: nor may ours be."""
+    inputs = tensors(device, torch.float16, rows=(16,), ignored=0)
+    options = dict(reduction="sum", num_items=65536)
+    check(
+        run(linear_cross_entropy, fused=fused, **options),
+        run(linear_cross_entropy_reference, **options),
+        inputs,
+        upstream=[torch.tensor(65536.0, device=device)],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", BOTH)
+def test_autocast(fused, dtype, device):
+    if device.type == "cpu" and fused and dtype == torch.bfloat16:
+        pytest.skip("the interpreter gets bfloat16 wrong")
+    inputs = tensors(device, torch.float32)
+    inputs["hidden"] = inputs["hidden"].to(dtype)
+
+    def under(function: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(**given: Any) -> Any:
+            with torch.autocast(device.type, dtype=dtype, enabled=given["hidden"].dtype != torch.float64):
+                return function(**given)
+
+        return inside
+
+    for options in ({}, dict(reduction="none"), dict(logits_dtype=torch.float32)):
+        functions = (
+            under(run(linear_cross_entropy, fused=fused, **options)),
+            under(run(linear_cross_entropy_reference, **options)),
+        )
+        check(*functions, inputs, backward="logits_dtype" not in options)
+    functions = under(run(linear_log_probs, fused=fused)), under(linear_log_probs_reference)
+    check(*functions, with_ids(inputs))
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_under_compile(fused, device):
+    """The head is left out of the graph, and what is around it compiles."""
+    inputs = with_ids(tensors(device, torch.float32))
+    hidden, weight, bias, ids = (inputs[name] for name in ("hidden", "weight", "bias", "ids"))
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        options = dict(bias=bias, fused=fused)
+        loss = linear_cross_entropy(hidden * 2, weight, ids, label_smoothing=0.1, **options)
+        return loss + linear_log_probs(hidden, weight, ids, **options).mean()
+
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        loss = function(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_reference_is_the_eager_model(device):
+    """A head, soft-capped and scaled in its own dtype, then PyTorch's loss of float32 logits."""
+    inputs = tensors(device, torch.bfloat16)
+    logits = F.linear(inputs["hidden"], inputs["weight"], inputs["bias"]) * 0.5
+    logits = (torch.tanh(logits / 4.0) * 4.0).float()
+    labels = inputs["labels"]
+    wanted = F.cross_entropy(logits.view(-1, 203), labels.view(-1), label_smoothing=0.1)
+    options = dict(scale=0.5, softcap=4.0)
+    found = linear_cross_entropy_reference(**inputs, label_smoothing=0.1, **options)
+    assert torch.equal(found, wanted)
+    found = linear_log_probs_reference(**with_ids(inputs), **options)
+    ids = labels.clamp_min(0)[..., None]
+    assert torch.equal(found, logits.log_softmax(-1).gather(-1, ids)[..., 0])
+
+
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_a_4bit_weight(fused, dtype, device):
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    inputs = tensors(device, dtype, h=64, v=128)
+    packed, state = functional.quantize_4bit(inputs.pop("weight"), quant_type="nf4")
+    weight = FourBit(packed=packed, state=state)
+    for options in ({}, dict(reduction="none")):
+        functions = (
+            run(linear_cross_entropy, weight=weight, fused=fused, **options),
+            run(linear_cross_entropy_reference, weight=weight, **options),
+        )
+        check(*functions, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tokens_and_float64_go_to_the_reference(dtype, device):
+    rows = (0,) if dtype == torch.float32 else (2, 3)
+    inputs = tensors(device, dtype, rows=rows)
+    for reduction in ("mean", "sum", "none"):
+        found = linear_cross_entropy(**inputs, reduction=reduction)
+        wanted = linear_cross_entropy_reference(**inputs, reduction=reduction)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert found.dtype == dtype
+    assert linear_log_probs(**with_ids(inputs)).shape == rows
+
+
+def test_refusals(device):
+    inputs = tensors(device, torch.float32)
+    for change, message in (
+        (dict(reduction="max"), "reduction='max'"),
+        (dict(label_smoothing=1.5), "label_smoothing=1.5"),
+        (dict(num_items=3), "num_items with reduction='mean'"),
+        (dict(softcap=0.0), "softcap=0.0"),
+        (dict(logits_dtype=torch.float16), "logits_dtype=torch.float16"),
+        (dict(labels=inputs["labels"][:1]), "expected"),
+        (dict(labels=inputs["labels"].int()), "labels of torch.int32"),
+        (dict(bias=torch.zeros(3, device=device)), r"bias \(3,\)"),
+        (dict(weight=inputs["weight"].half()), "weight of torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(**(inputs | change))
+    with pytest.raises(ValueError, match="temperature=0"):
+        linear_log_probs(**with_ids(inputs), temperature=0)
+
+
+def _real_size(v: int) -> dict[str, Any]:
+    make = dict(device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(0, v, (8192,), device="cuda")
+    labels[::7] = -100
+    hidden = torch.randn(8192, 4096, **make)
+    return {"hidden": hidden, "weight": torch.randn(v, 4096, **make) / 64, "labels": labels}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("what", ["mean", "log_probs"])
+@pytest.mark.parametrize("v", [128_256, 151_936])
+def test_peak_memory(v, what, trainable):
+    inputs = _real_size(v)
+    inputs["hidden"].requires_grad_()
+    inputs["weight"].requires_grad_(trainable)
+    if what == "log_probs":
+        inputs["ids"] = inputs.pop("labels").clamp_min_(0)
+    function = linear_cross_entropy if what == "mean" else linear_log_probs
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    for _ in range(2):  # the first brings cuBLAS's workspace and the compiled kernel
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients = torch.autograd.grad(function(**inputs).sum(), leaves)
+        torch.cuda.synchronize()
+        kept = sum(g.numel() * g.element_size() for g in gradients)
+        beyond = torch.cuda.max_memory_allocated() - before - kept
+        del gradients
+    assert beyond <= 0.6 * 2**30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_no_synchronisation(trainable):
+    inputs = tensors(torch.device("cuda"), torch.bfloat16, rows=(512,), v=4096, h=64)
+    for name in ("hidden", "weight", "bias"):
+        inputs[name].requires_grad_(trainable or name == "hidden")
+    items = torch.tensor(300, device="cuda")
+    ids = inputs["labels"].clamp_min(0)
+
+    def step() -> None:
+        linear_cross_entropy(**inputs).backward()
+        linear_cross_entropy(**inputs, reduction="sum", num_items=items, label_smoothing=0.1).backward()
+        linear_cross_entropy(**inputs, reduction="sum", num_items=300).backward()
+        linear_log_probs(inputs["hidden"], inputs["weight"], ids, entropy=True)[0].sum().backward()
+
+    step()
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v", [151_936, 50_257])
+def test_real_sizes(v, monkeypatch):
+    """A slice of the hidden states is enough for the truth in float64; its width and dtype are real."""
+    monkeypatch.setattr(op, "LOGITS_BYTES", 2**27)
+    inputs = {name: x[:768] if name != "weight" else x for name, x in _real_size(v).items()}
+    check(linear_cross_entropy, linear_cross_entropy_reference, inputs)
+
+
+def test_the_bound_is_not_vacuous():
+    assert bound(0.0) < 1e-5
