@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = (".", "kernels", "adapters/hf_trainer", "adapters/axolotl", "adapters/lightning")
-PACKAGES = ("sloth_plugins", "sloth_kernels", "sloth_hf_trainer", "sloth_lightning")
+PACKAGES = ("sloth_plugins", "sloth_kernels", "sloth_hf_trainer", "sloth_axolotl", "sloth_lightning")
 
 
 def run_python(code: str) -> Any:
