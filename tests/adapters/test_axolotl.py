@@ -368,7 +368,7 @@ def test_configs(axolotl: Axolotl, example: Callable[..., dict[str, Any]]) -> No
         assert re.search(message, found[f"bad {name}"][0], re.DOTALL), (name, found[f"bad {name}"])
     block, _ = found["good block"]
     assert block["sloth"] == {
-        **{"kernels": "auto", "verify": True, "strict": False, "head_loss": "auto"},
+        **{"kernels": "auto", "verify": True, "strict": False, "head_loss": "auto", "keep_float32": True},
         **{"checkpointing": "off", "memory_budget_bytes": 24 * 2**30, "disable": ["rope"]},
     }
     assert not any(value for key, value in block.items() if key != "sloth")
