@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sloth_plugins.engine import Acceleration, accelerate, plan
     from sloth_plugins.hookspecs import hookimpl
+    from sloth_plugins.quantization import QuantizationPlan, plan_quantization
     from sloth_plugins.settings import Settings
     from sloth_plugins.specs import (
         BadInputError,
@@ -41,6 +42,7 @@ __all__ = [
     "KernelSpec",
     "NotASite",
     "Patch",
+    "QuantizationPlan",
     "Settings",
     "Site",
     "Skip",
@@ -50,15 +52,18 @@ __all__ = [
     "accelerate",
     "hookimpl",
     "plan",
+    "plan_quantization",
 ]
 
 
 _HOMES = {
     "Acceleration": "engine",
+    "QuantizationPlan": "quantization",
     "Settings": "settings",
     "accelerate": "engine",
     "hookimpl": "hookspecs",
     "plan": "engine",
+    "plan_quantization": "quantization",
 }
 
 
