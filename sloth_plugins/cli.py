@@ -1,4 +1,4 @@
-"""The command `sloth`: doctor, plan, verify, demo.
+"""The command `sloth`: doctor, plan, verify, quantize, demo.
 
 Results go to stdout (tables, or with --json one JSON object and nothing else), everything else to stderr.
 Exit status: 0 fine, 1 something falls short, 2 bad input, with one sentence that says what is wrong. torch
@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from sloth_plugins import __version__
-from sloth_plugins.settings import Kernels, Settings, nearest
+from sloth_plugins.settings import Kernels, Settings, nearest, parse_bytes
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
 
+    from sloth_plugins.checkpointing.plan import CheckpointPlan
     from sloth_plugins.doctor import Advice, Facts
+    from sloth_plugins.quantization import Result as Quantized
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -135,6 +137,30 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--random", action="store_true", help="random weights from config.json instead of the checkpoint's"
     )
+    memory = plan.add_argument_group(
+        "a memory budget",
+        "with --budget: what each decoder layer keeps, offloads and recomputes of a training step",
+    )
+    memory.add_argument("--budget", metavar="BYTES", help="device memory of the step, such as 24GiB")
+    memory.add_argument("--batch", metavar="N", type=int, help="rows of a batch")
+    memory.add_argument("--seq", metavar="N", type=int, help="tokens of a row")
+    memory.add_argument(
+        "--rank", metavar="N", type=int, default=16, help="LoRA rank, 0 for none; default: 16"
+    )
+    memory.add_argument(
+        "--weights",
+        type=_one_of("auto", "nf4", "nf4_double", "16bit", "32bit"),
+        default="auto",
+        help="auto, nf4, nf4_double, 16bit, 32bit; auto: the checkpoint's own",
+    )
+    memory.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="h200, h100, a100, 4090, a10, t4 or unknown; default: this machine's, measured",
+    )
+    memory.add_argument("--plain", action="store_true", help="a step without the project's kernels and head")
+    memory.add_argument("--draw", metavar="PNG", type=Path, help="draw the plan")
+    memory.add_argument("--save", metavar="FILE", type=Path, help="write the plan as JSON")
     for made in (plan, verify):
         made.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="a directory with a config.json")
         made.add_argument(
@@ -151,6 +177,72 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--trust-remote-code", action="store_true", help="run model code that lies in MODEL_DIR"
         )
+
+    quantize = command(
+        "quantize",
+        _quantize,
+        "write a model as an ordinary 4-bit bitsandbytes checkpoint, with calibrated rounding",
+    )
+    quantize.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="a directory with a config.json")
+    quantize.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="the new directory; DIR.partial until it is finished",
+    )
+    quantize.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="texts like those of the use: .jsonl, or texts separated by empty lines",
+    )
+    quantize.add_argument(
+        "--budget",
+        metavar="RATIO",
+        type=float,
+        default=1.0,
+        help="bytes over those of uniform NF4; default: 1.0",
+    )
+    quantize.add_argument(
+        "--evaluate",
+        metavar="FILE",
+        type=Path,
+        help="held-out texts: KL, perplexity and top-1 agreement on them",
+    )
+    quantize.add_argument(
+        "--samples", metavar="N", type=int, default=128, help="rows of calibration text; default: 128"
+    )
+    quantize.add_argument(
+        "--evaluation-samples", metavar="N", type=int, default=64, help="rows of held-out text; default: 64"
+    )
+    quantize.add_argument(
+        "--row-tokens", metavar="N", type=int, default=512, help="tokens of a row, at most; default: 512"
+    )
+    quantize.add_argument(
+        "--block-sizes",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[64],
+        help="64, or 64 32: smaller blocks where they are worth their bytes; default: 64",
+    )
+    quantize.add_argument(
+        "--keep", metavar="MODULE", nargs="+", action="extend", default=[], help="linears to leave in 16 bits"
+    )
+    quantize.add_argument(
+        "--restart", action="store_true", help="delete DIR.partial first, instead of resuming"
+    )
+    quantize.add_argument(
+        "--device",
+        type=_one_of(*DEVICES),
+        default="auto",
+        help=f"{', '.join(DEVICES)}; auto: the GPU if there is one",
+    )
+    quantize.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code that lies in MODEL_DIR"
+    )
 
     demo = command("demo", _demo, "fine-tune SmolLM2-135M without and with SlothCallback, and compare")
     demo.add_argument(
@@ -198,6 +290,13 @@ def _doctor(arguments: argparse.Namespace) -> Outcome:
 
 def _plan(arguments: argparse.Namespace) -> Outcome:
     settings, directory = _settings(arguments), _model_dir(arguments.model_dir)
+    asked = [getattr(arguments, name) is not None for name in ("budget", "batch", "seq")]
+    if any(asked) and not all(asked):
+        raise UserError("--budget, --batch and --seq go together: a plan of a step's memory needs all three")
+    if (arguments.draw or arguments.save) and not any(asked):
+        raise UserError(
+            "--draw and --save are for a plan of a step's memory: give --budget, --batch and --seq"
+        )
     torch, transformers = _torch_and_transformers("plan")
     config = _config(transformers, directory, arguments)
     from sloth_plugins import plan
@@ -210,7 +309,68 @@ def _plan(arguments: argparse.Namespace) -> Outcome:
     with _user_errors():
         report = plan(model, settings)
     values = {"model": str(directory), "class": type(model).__name__, **report.to_dict()}
-    return Outcome(values=values, show=lambda console: _show_report(console, values, report))
+    if not any(asked):
+        return Outcome(values=values, show=lambda console: _show_report(console, values, report))
+    memory = _memory_plan(torch, config, directory, arguments)
+    values["memory_plan"] = {**memory.to_dict(), "memory": memory.memory()}
+
+    def show(console: Console) -> None:
+        _show_report(console, values, report)
+        _show_memory_plan(console, memory)
+
+    return Outcome(values=values, show=show)
+
+
+def _memory_plan(torch: Any, config: Any, directory: Path, arguments: argparse.Namespace) -> CheckpointPlan:
+    from sloth_plugins.checkpointing.facts import ModelFacts, Shape
+    from sloth_plugins.checkpointing.plan import plan
+    from sloth_plugins.checkpointing.rates import KNOWN, measure_rates, rates_for
+
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    weights = arguments.weights
+    if weights == "auto":
+        own = "32bit" if getattr(config, "dtype", None) in (torch.float32, "float32") else "16bit"
+        four = "nf4_double" if quantization.get("bnb_4bit_use_double_quant") else "nf4"
+        weights = four if quantization.get("load_in_4bit") else own
+    width = 4 if weights == "32bit" else 2
+    if arguments.gpu is not None and arguments.gpu.lower() not in KNOWN:
+        raise UserError(
+            f"argument --gpu: {arguments.gpu!r}: allowed are {', '.join(KNOWN)}."
+            + nearest(arguments.gpu, KNOWN)
+        )
+    with _user_errors():
+        facts = ModelFacts.from_config(
+            config,
+            weights=weights,
+            activation_bytes=width,
+            stream_bytes=4 if arguments.plain and weights.startswith("nf4") else width,
+            rank=arguments.rank,
+            fused=not arguments.plain,
+            fused_head=not arguments.plain,
+        )
+        shape = Shape(batch=arguments.batch, seq=arguments.seq)
+        budget = parse_bytes(
+            int(arguments.budget) if arguments.budget.isdigit() else arguments.budget, "argument --budget"
+        )
+        rates = measure_rates(_device(torch, "auto")) if arguments.gpu is None else rates_for(arguments.gpu)
+        memory = plan(facts, shape, budget, rates)
+    if arguments.save is not None:
+        try:
+            memory.save(arguments.save)
+        except OSError as error:
+            raise UserError(f"argument --save: {_sentence(error)}") from error
+    if arguments.draw is not None:
+        try:
+            from sloth_plugins.checkpointing.picture import draw
+
+            draw(memory, arguments.draw, directory.name)
+        except ImportError as error:
+            raise _missing("plan --draw", error, "demo") from error
+        except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not write
+            raise UserError(f"argument --draw: {_sentence(error)}") from error
+    return memory
 
 
 def _verify(arguments: argparse.Namespace) -> Outcome:
@@ -271,6 +431,72 @@ def _verify(arguments: argparse.Namespace) -> Outcome:
             _line(console, "  - nothing was patched")
 
     return Outcome(values=values, show=show, exit_code=FALLS_SHORT if short else FINE)
+
+
+def _quantize(arguments: argparse.Namespace) -> Outcome:
+    directory = _model_dir(arguments.model_dir)
+    torch, _ = _torch_and_transformers("quantize")
+    device = _device(torch, arguments.device)
+    try:
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+
+        from sloth_plugins.quantization import Options, quantize
+    except ImportError as error:
+        raise _missing("quantize", error, "hf,quant") from error
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, of: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=of)
+            if not bar.console.is_terminal:
+                _say(f"{what}: {of} layers")
+        bar.update(tasks[what], completed=done)
+
+    try:
+        with _user_errors(), bar:
+            options = Options(
+                budget=arguments.budget,
+                block_sizes=tuple(dict.fromkeys(arguments.block_sizes)),
+                keep=tuple(arguments.keep),
+                samples=arguments.samples,
+                row_tokens=arguments.row_tokens,
+            )
+            result = quantize(
+                directory,
+                arguments.out,
+                arguments.calibration,
+                options=options,
+                evaluation=arguments.evaluate,
+                evaluation_rows=arguments.evaluation_samples,
+                restart=arguments.restart,
+                trust_remote_code=arguments.trust_remote_code,
+                device=device,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        _say("the same command goes on where this one stopped")
+        raise
+    picture: Path | None = arguments.out / "sloth_quantization.png"
+    try:
+        from sloth_plugins.quantization.picture import draw
+
+        draw(result.plan, arguments.out / "sloth_quantization.png", directory.name)
+    except ImportError:
+        picture = None
+    values = {"model": str(directory), "picture": picture and str(picture), **result.to_dict()}
+    return Outcome(values=values, show=lambda console: _show_quantized(console, result, picture))
 
 
 def _demo(arguments: argparse.Namespace) -> Outcome:
@@ -439,6 +665,79 @@ def _show_report(console: Console, values: dict[str, Any], report: Any) -> None:
     where = f" on {values['device']} in {values['dtype']}" if "device" in values else ""
     _line(console, f"{values['class']} from {values['model']}{where}")
     console.print(report)
+
+
+def _show_memory_plan(console: Console, plan: CheckpointPlan) -> None:
+    from sloth_plugins.checkpointing.plan import OPTIONS, costs
+    from sloth_plugins.report import shorten
+
+    options = costs(plan.facts, plan.shape, plan.rates).options
+    rows = []
+    for name in OPTIONS:
+        of = [index for index, option in enumerate(plan.layers) if option == name]
+        if not of:
+            continue
+        ways: dict[str, list[str]] = {}
+        for kind, way in plan.classes(of[0]).items():
+            ways.setdefault(way, []).append(kind)
+        what = "; ".join(
+            f"{way} {'all' if len(ways) == 1 else ', '.join(kinds)}" for way, kinds in ways.items()
+        )
+        cost = options[name]
+        layers = shorten([str(index) for index in of])
+        figures = (
+            f"{cost.kept_bytes / 2**20:.0f}",
+            f"{cost.host_bytes / 2**20:.0f}",
+            f"{cost.recompute_s * 1e3:.2f}",
+        )
+        rows.append((str(len(of)), layers, what, *figures))
+    title = f"A step of {plan.shape.batch} x {plan.shape.seq} tokens in {plan.budget_bytes / 2**30:.2f} GiB"
+    columns = ("layers", "which", "saved tensors", "MiB kept\nof each", "MiB on\nthe host", "ms made\nagain")
+    _table(console, title, columns, rows)
+    sizes = [(name, f"{size / 2**30:.2f}") for name, size in plan.memory().items()]
+    _table(
+        console,
+        "Predicted peak",
+        ("part", "GiB"),
+        [*sizes[:-1], ("in all", f"{plan.peak_bytes / 2**30:.2f}"), sizes[-1]],
+    )
+    _line(
+        console,
+        f"predicted step: {plan.step_s * 1e3:.1f} ms on {plan.rates.name}, of which "
+        f"{plan.recompute_s * 1e3:.1f} ms recomputation and {plan.stall_s * 1e3:.1f} ms waiting "
+        f"for the host; {plan.shape.tokens / plan.step_s:,.0f} tokens/s",
+    )
+
+
+def _show_quantized(console: Console, result: Quantized, picture: Path | None) -> None:
+    from sloth_plugins.quantization.plan import folded
+    from sloth_plugins.report import shorten
+
+    rows = []
+    for (way, reason), choices in folded(result.plan.choices).items():
+        kls = [choice.kl for choice in choices if choice.kl is not None]
+        names = shorten([choice.module for choice in choices])
+        size = f"{sum(choice.bytes for choice in choices) / 1e6:.2f}"
+        rows.append((way, names, str(len(choices)), size, f"{sum(kls):.2e}" if kls else "-", reason))
+    columns = ("stored as", "linears", "count", "MB", "KL of plain 4 bits", "why")
+    _table(console, str(result.plan), columns, rows)
+    if result.evaluation:
+        _table(
+            console,
+            "On held-out text",
+            ("", "KL to the original", "perplexity", "top-1 agreement"),
+            [
+                (kind, f"{e['kl']:.4f}", f"{e['perplexity']:.3f}", f"{e['top1']:.1%}")
+                for kind, e in result.evaluation.items()
+            ],
+        )
+    for note in result.notes:
+        _line(console, f"note: {note}")
+    _line(console, f"picture: {picture or 'none: matplotlib is not installed'}")
+    _line(
+        console,
+        f"{result.out} is finished ({result.seconds:.0f} s): AutoModelForCausalLM.from_pretrained loads it",
+    )
 
 
 def _show_doctor(console: Console, facts: Facts, advice: Advice) -> None:

@@ -357,11 +357,12 @@ class _Run:
             self.acceleration._undo.append(undo)
             self.report.checkpointing = {"chosen": str(chosen), "reason": f"checkpointing={wanted!r}"}
             return
+        if wanted == "auto" and self.settings.memory_budget_bytes is not None and self.budgeted():
+            return
         if wanted != "recompute":
-            self.report.checkpointing = {
-                "chosen": "left to the trainer",
-                "reason": f"checkpointing={wanted!r}",
-            }
+            self.report.checkpointing.update(
+                {"chosen": "left to the trainer", "reason": f"checkpointing={wanted!r}"}
+            )
             return
         enable = getattr(self.model, "gradient_checkpointing_enable", None)
         if not callable(enable) or not getattr(self.model, "supports_gradient_checkpointing", True):
@@ -380,6 +381,22 @@ class _Run:
 
             self.acceleration._undo.append(disable)
         self.report.checkpointing = {"chosen": "recompute", "reason": "checkpointing='recompute'"}
+
+    def budgeted(self) -> bool:
+        """Have the first batch planned within the budget; False, with a note, for a model that can't be."""
+        from sloth_plugins.checkpointing.execute import Automatic, BudgetError
+
+        record = self.report.checkpointing
+        try:
+            undo = Automatic(self.settings, record, [row.op for row in self.report.patched]).apply(self.model)
+        except BadInputError as error:
+            if self.settings.strict or isinstance(error, BudgetError):
+                raise
+            record["note"] = str(error)
+            _warn(f"memory_budget_bytes is not used: {error}")
+            return False
+        self.acceleration._undo.append(undo)
+        return True
 
     def finish(self) -> None:
         """Strictness, the one warning, the time."""

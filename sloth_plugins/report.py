@@ -135,7 +135,12 @@ class Report:
             yield table
         if self.checkpointing:
             plan = self.checkpointing
-            yield Text(f"checkpointing: {plan.get('chosen')} ({plan.get('reason')})")
+            text = f"checkpointing: {plan.get('chosen')} ({plan.get('reason')})"
+            if "predicted_peak_bytes" in plan:
+                text += f"; peak predicted {plan['predicted_peak_bytes'] / 2**30:.2f} GiB"
+                if "measured_peak_bytes" in plan:
+                    text += f", measured {plan['measured_peak_bytes'] / 2**30:.2f} GiB"
+            yield Text(text)
         if any(any(counts.values()) for counts in self.head.values()):
             yield Text(f"head: {self.head_line()}")
         for note in self.notes:

@@ -1,0 +1,513 @@
+"""Carries a plan out on a transformers model, and makes one at the first batch where only a budget is given.
+
+A layer that does not keep everything has its `gradient_checkpointing` switched on and a function of ours as
+its `_gradient_checkpointing_func`, as `gradient_checkpointing_enable` gives it torch's. It recomputes through
+`torch.utils.checkpoint` (not reentrant, the random state preserved) and offloads through
+`saved_tensors_hooks`. The same bits go in and come out, so losses and gradients are those of a step that
+keeps everything. Undoing gives each layer its own flags back.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sloth_plugins.checkpointing.facts import ModelFacts, Shape
+from sloth_plugins.checkpointing.plan import (
+    IN_FLIGHT,
+    CheckpointPlan,
+    fixed_bytes,
+    gib,
+    plan,
+    smallest_budget_bytes,
+)
+from sloth_plugins.checkpointing.rates import Rates, measure_rates
+from sloth_plugins.settings import Settings
+from sloth_plugins.specs import BadInputError
+
+FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+# Smaller tensors stay: a copy of its own would cost more than it frees.
+LEAST_BYTES = 2**20
+_ABSENT = object()
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The decoder layers of a transformers model; BadInputError where it has none that can be recomputed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(lists) != 1:
+        raise BadInputError(
+            f"checkpointing of {type(model).__name__}: it has {len(lists)} lists of layers that transformers "
+            "can recompute; allowed is one"
+        )
+    return lists[0]
+
+
+def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
+    """Carry `chosen` out on `model`; gives the function that undoes it."""
+    running = Running(model)
+    running.use(chosen)
+    return before_training_forwards(model, running, lambda args, kwargs: running.begin())
+
+
+def before_training_forwards(
+    model: nn.Module, running: Running, action: Callable[[Any, dict[str, Any]], Any]
+) -> Callable[[], None]:
+    """Call `action(args, kwargs)` before every training forward; gives the function that ends `running`."""
+    target = watched(model)
+    alive = weakref.ref(target)
+
+    # A plain function, which a copy of the model shares: the copy's layers are not ours.
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ours = module is alive() and module.training and torch.is_grad_enabled()
+        if ours and not torch.compiler.is_compiling():
+            action(args, kwargs)
+
+    handle = target.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def undo() -> None:
+        handle.remove()
+        running.stop()
+
+    return undo
+
+
+class Running:
+    """A plan at work on a model's layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = decoder_layers(model)
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._before = [{name: layer.__dict__.get(name, _ABSENT) for name in FLAGS} for layer in layers]
+        self.theirs = any(layer.gradient_checkpointing for layer in layers)
+        """Whether somebody else's checkpointing was on: ours takes its place until undone."""
+        self._wanted: list[dict[str, Any]] = []
+        self._offload = _Offload()
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers that are alive."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
+
+    def use(self, chosen: CheckpointPlan) -> None:
+        """Set every layer's flags as `chosen` says."""
+        layers = self.layers
+        if len(layers) != len(chosen.layers):
+            raise BadInputError(
+                f"checkpointing: the plan is for {len(chosen.layers)} layers, the model has {len(layers)}"
+            )
+        self._notice()
+        self._wanted = []
+        for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
+            mlp = _mlp_of(layer, chosen.facts) if option == "recompute_mlp" else None
+            if option == "recompute_mlp" and mlp is None:
+                option = "recompute"
+            drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
+            inner = None if mlp is None else weakref.ref(mlp)
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, drains)
+            on = option != "keep" or function.drains
+            self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
+        self._set()
+
+    def _set(self) -> None:
+        for layer, flags in zip(self.layers, self._wanted, strict=False):
+            layer.__dict__.update(flags)
+
+    def begin(self) -> bool:
+        """At the begin of a training forward; whether somebody else's flags were in the way."""
+        self._offload.drain()
+        changed = any(
+            layer.__dict__.get(name) is not flags[name]
+            for layer, flags in zip(self.layers, self._wanted, strict=False)
+            for name in FLAGS
+        )
+        if changed:
+            self._notice()
+            self._set()
+        return changed
+
+    def _notice(self) -> None:
+        """Flags that somebody set since are what undoing gives back."""
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer.__dict__.get(FLAGS[1]), _Ours):
+                self._before[index] = {name: layer.__dict__.get(name, _ABSENT) for name in FLAGS}
+                self.theirs = self.theirs or layer.gradient_checkpointing
+
+    def stop(self) -> None:
+        """Give each layer the flags back that it had."""
+        self._offload.drain()
+        for ref, before, ours in zip(self._layers, self._before, self._wanted, strict=False):
+            layer = ref()
+            if layer is None:
+                continue
+            changed = layer.__dict__.get(FLAGS[1]) is not ours[FLAGS[1]]
+            for name, value in before.items():
+                if changed:
+                    continue  # somebody set others since: theirs stay
+                if value is _ABSENT:
+                    layer.__dict__.pop(name, None)
+                else:
+                    layer.__dict__[name] = value
+        self._wanted = []
+
+
+class _Ours:
+    """A layer's `_gradient_checkpointing_func`: called with the layer's forward (its keywords bound)."""
+
+    def __init__(
+        self,
+        option: str,
+        offload: _Offload,
+        layer: weakref.ref[Any],
+        mlp: weakref.ref[nn.Module] | None,
+        drains: bool = False,
+    ) -> None:
+        self.option, self.offload, self.layer, self.mlp, self.drains = option, offload, layer, mlp, drains
+
+    def __reduce__(self) -> Any:
+        # A copy of the model, or one from a file, has other layers: they recompute as transformers would.
+        return functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.drains:
+            self.offload.drain()
+        option, layer = self.option, self.layer()
+        if option == "keep" or layer is None:
+            return function(*args)
+        if option == "recompute":
+            return checkpoint(function, *args, use_reentrant=False)
+        if option == "recompute_mlp":
+            mlp = self.mlp() if self.mlp is not None else None
+            assert mlp is not None
+            with _recomputing(mlp):
+                return function(*args)
+        with self.offload.layer(layer, getattr(function, "keywords", {})):
+            if option == "offload":
+                return function(*args)
+            return checkpoint(function, *args, use_reentrant=False)
+
+
+@contextmanager
+def _recomputing(mlp: nn.Module) -> Iterator[None]:
+    """While the layer runs, its MLP's forward is checkpointed; afterwards it is what it was."""
+    inner, before = mlp.forward, mlp.__dict__.get("forward", _ABSENT)
+    mlp.__dict__["forward"] = functools.partial(checkpoint, inner, use_reentrant=False)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del mlp.__dict__["forward"]
+        else:
+            mlp.__dict__["forward"] = before
+
+
+def _mlp_of(layer: nn.Module, facts: ModelFacts) -> nn.Module | None:
+    """The layer's child that widens to the MLP's size and comes back from it."""
+    for child in layer.children():
+        shapes = {
+            (getattr(m, "in_features", None), getattr(m, "out_features", None)) for m in child.modules()
+        }
+        h, i = facts.hidden, facts.intermediate
+        if {(h, i), (i, h)} <= shapes or {(h, 2 * i), (i, h)} <= shapes:
+            return child
+    return None
+
+
+# Offloading
+
+
+class _Entry:
+    """One storage in host memory, and on the device while it is on its way or wanted."""
+
+    def __init__(self, source: torch.Tensor, side: Any) -> None:
+        self.source: torch.Tensor | None = source
+        self.device = source.device
+        self.users = self.left = 0
+        self.back: torch.Tensor | None = None
+        self.arrived: Any = None
+        self.host = _host_memory(source.numel(), source.is_cuda)
+        if side is None:
+            self.host.copy_(source)
+            return
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self.host.copy_(source, non_blocking=True)
+
+    def fetch(self, side: Any) -> None:
+        """Start the way back, once."""
+        if self.back is not None:
+            return
+        if side is None:
+            self.back = self.host.clone()
+            return
+        self.back = torch.empty(self.host.numel(), dtype=torch.uint8, device=self.device)
+        self.back.record_stream(side)  # it may be dropped, unused, while the copy runs
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self.back.copy_(self.host, non_blocking=True)
+            self.arrived = side.record_event()
+
+    def take(self) -> torch.Tensor:
+        """The bytes on the device; with the last of its users they are dropped here."""
+        assert self.back is not None
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+        found = self.back
+        self.left -= 1
+        if self.left <= 0:
+            self.left, self.back, self.arrived = self.users, None, None
+        return found
+
+
+class _Block:
+    """What one layer of one forward has offloaded. Lives as long as autograd wants any of it."""
+
+    def __init__(self, before: _Block | None) -> None:
+        self.entries: dict[tuple[int, int, int], _Entry] = {}
+        self.before = None if before is None else weakref.ref(before)
+        self.copied: Any = None
+
+    def release(self) -> None:
+        """Drop the tensors on the device, for what the current stream does after they are copied."""
+        for entry in self.entries.values():
+            if entry.source is not None and self.copied is not None:
+                torch.cuda.current_stream(entry.device).wait_event(self.copied)
+            entry.source = None
+
+
+class _View(NamedTuple):
+    """A saved tensor: where in which storage."""
+
+    block: _Block
+    entry: _Entry
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Offload:
+    """Moves what layers save to pinned host memory and back, on a stream of its own.
+
+    Layers whose copies may be under way, each way: IN_FLIGHT. On a CPU the copies are plain ones.
+    """
+
+    def __init__(self) -> None:
+        self._leaving: deque[_Block] = deque()
+        self._last: weakref.ref[_Block] | None = None
+        self._sides: dict[torch.device, Any] = {}
+
+    def drain(self) -> None:
+        """Free the device of what has left it, waiting for the copies."""
+        while self._leaving:
+            self._leaving.popleft().release()
+
+    @contextmanager
+    def layer(self, layer: nn.Module, keywords: dict[str, Any]) -> Iterator[None]:
+        """What is saved inside goes to the host, but for weights, and for the layer's keyword arguments,
+        which other layers share."""
+        while len(self._leaving) >= IN_FLIGHT:
+            self._leaving.popleft().release()
+        stays = {t.untyped_storage().data_ptr() for t in layer.parameters()}
+        stays |= {t.untyped_storage().data_ptr() for t in _tensors(keywords)}
+        block = _Block(self._last() if self._last is not None else None)
+        device: list[torch.device] = []
+
+        def pack(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            if (
+                type(tensor) is not torch.Tensor
+                or tensor.device.type not in ("cpu", "cuda")
+                or tensor.layout != torch.strided
+                or storage.nbytes() < LEAST_BYTES
+                or storage.data_ptr() in stays
+            ):
+                return tensor
+            device.append(tensor.device)
+            key = (storage.data_ptr(), storage.nbytes(), tensor._version)
+            entry = block.entries.get(key)
+            if entry is None:
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                entry = block.entries[key] = _Entry(whole, self._side(tensor.device))
+            entry.users += 1
+            entry.left = entry.users
+            return _View(
+                block, entry, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
+            )
+
+        def unpack(saved: Any) -> torch.Tensor:
+            if not isinstance(saved, _View):
+                return saved  # type: ignore[no-any-return]
+            entry, block = saved.entry, saved.block
+            side = self._side(entry.device)
+            if entry.back is None:
+                entry.fetch(side)
+                earlier = None if block.before is None else block.before()
+                for other in (*block.entries.values(), *(earlier.entries.values() if earlier else ())):
+                    if other.left == other.users:
+                        other.fetch(side)
+            out = torch.empty(0, dtype=saved.dtype, device=entry.device)
+            storage = entry.take().untyped_storage()
+            return out.set_(storage, saved.offset, saved.size, saved.stride)
+
+        self._last = weakref.ref(block)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            if device and device[0].type == "cuda":
+                block.copied = self._side(device[0]).record_event()
+                self._leaving.append(block)
+            else:
+                block.release()
+
+    def _side(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            return None
+        if device not in self._sides:
+            self._sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._sides[device]
+
+
+_unpinned: list[str] = []
+
+
+def _host_memory(size: int, pinned: bool) -> torch.Tensor:
+    if pinned and not _unpinned:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            _unpinned.append(str(error))
+            warnings.warn(
+                f"sloth: host memory can't be pinned, so offloading is slower: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+# A budget and no plan
+
+
+def watched(model: nn.Module) -> nn.Module:
+    """The module that every training forward comes by: the backbone, which trainers' own heads call too."""
+    target: Any = getattr(model, "base_model", model)
+    target = getattr(target, "model", target)  # PEFT: LoraModel.model is the causal LM
+    target = getattr(target, "base_model", target)
+    return target if isinstance(target, nn.Module) else model
+
+
+class BudgetError(BadInputError):
+    """A budget that nothing can meet."""
+
+
+class Automatic:
+    """Plans within `settings.memory_budget_bytes` at the first training batch, and anew for a larger one.
+
+    `record` is the report's entry, kept up to date. Where nothing fits, the smallest plan is used with a
+    warning, or under strict=True BadInputError is raised.
+    """
+
+    def __init__(
+        self, settings: Settings, record: dict[str, Any], ops: Sequence[str], rates: Rates | None = None
+    ) -> None:
+        assert settings.memory_budget_bytes is not None
+        self.budget, self.strict = settings.memory_budget_bytes, settings.strict
+        self.record, self.ops, self.rates = record, set(ops), rates
+
+    def apply(self, model: nn.Module) -> Callable[[], None]:
+        """Wait for the first batch; gives the function that undoes all. Raises BadInputError where the model
+        can't be planned, BudgetError where the budget does not hold its weights and the optimizer's state."""
+        adapted = any(".lora_A." in name for name, _ in model.named_parameters())
+        fused = bool(self.ops & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
+        self.facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in self.ops)
+        self.running = Running(model)
+        if len(self.running.layers) != self.facts.layers:
+            raise BadInputError(
+                f"checkpointing: {type(model).__name__} has not the layers that its config says"
+            )
+        if (least := fixed_bytes(self.facts)) >= self.budget:
+            raise BudgetError(
+                f"memory_budget_bytes={gib(self.budget)}: weights and the optimizer's state alone take "
+                f"{gib(least)}"
+            )
+        self.plan: CheckpointPlan | None = None
+        self.seen: Shape | None = None
+        self.device = next(model.parameters()).device
+        self.record.update({"chosen": "to be planned at the first batch", "plans": 0})
+        self._say_why()
+        return before_training_forwards(model, self.running, self._before_forward)
+
+    def _say_why(self) -> None:
+        self.record["reason"] = f"memory_budget_bytes={gib(self.budget)}"
+        if self.running.theirs:
+            self.record["reason"] += "; the trainer's own gradient checkpointing gives way to the plan"
+
+    def _before_forward(self, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds", args[0] if args else None) if given is None else given
+        if not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
+            return
+        shape = Shape(batch=int(given.shape[0]), seq=int(given.shape[1]))
+        if self.plan is None or not self.plan.covers(shape):
+            self._plan(shape)
+        elif self.running.begin():
+            self._say_why()
+        if self.device.type == "cuda":
+            self.record["measured_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+
+    def _plan(self, shape: Shape) -> None:
+        if self.seen is not None:  # room for the longest row and for the most tokens that were seen
+            seq = max(shape.seq, self.seen.seq)
+            tokens = max(shape.tokens, self.seen.tokens)
+            shape = Shape(batch=-(-tokens // seq), seq=seq)
+        self.seen = shape
+        facts, rates = self.facts, self.rates
+        if rates is None:
+            rates = self.rates = measure_rates(self.device)
+        if self.device.type == "cuda" and self.plan is None:
+            here = torch.cuda.memory_allocated(self.device)
+            facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
+        try:
+            chosen = plan(facts, shape, self.budget, rates)
+        except BadInputError as error:
+            if self.strict:
+                raise
+            chosen = plan(facts, shape, smallest_budget_bytes(facts, shape, rates), rates)
+            warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
+            self.record["note"] = str(error)
+        self.plan = chosen
+        self.running.use(chosen)
+        self._say_why()
+        self.record.update(
+            {
+                "chosen": str(chosen),
+                "plans": self.record["plans"] + 1,
+                "predicted_peak_bytes": chosen.peak_bytes,
+                "predicted_step_s": chosen.step_s,
+                "plan": chosen.to_dict(),
+            }
+        )

@@ -1,0 +1,443 @@
+"""The fastest step within a budget: a pure function of a model's facts, a batch, bytes and rates.
+
+A layer takes one of OPTIONS, which say of each tensor class whether it is kept, recomputed or offloaded:
+
+    keep               all is kept
+    recompute_mlp      gate, up and what lies between them and the MLP's output are made again
+    recompute          the layer's input is kept, all else made again
+    recompute_offload  the input lies in host memory, all else is made again
+    offload            all lies in host memory
+
+Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
+that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
+on: each needs less memory and no less time, so the fewest that fit are found by bisection.) Where: the last
+layer keeps its tensors if any does, because they are freed first; offloaded layers lie evenly among the
+others, so that each copy has several layers' time; recomputed ones come first.
+
+The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
+bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
+time is added, and so is the first copy back, which starts when it is wanted. The model of memory counts two
+offloaded layers under way and one layer being recomputed, less what the backward has freed before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
+from sloth_plugins.checkpointing.rates import Rates
+from sloth_plugins.specs import BadInputError
+
+VERSION = 1
+OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "offload")
+MLP_CLASSES = ("gate_up", "hidden")
+# Bytes that elementwise passes move over saved bytes, forward and backward, fitted to one H200 step each:
+# 28 ms of the fused one (benchmarks/NOTES.md), and what plain PEFT's 465 ms leave over.
+FUSED_TRAFFIC, PLAIN_TRAFFIC = (2.0, 5.0), (8.0, 16.0)
+# Bytes that expanding a 4-bit weight moves: codes, scales and the 16-bit result.
+EXPANDED_BYTES = 2.56
+ATTENTION_BACKWARD = 3.4
+# Of what comes on top of weights and optimizer, for what the allocator can't use: 2 to 5 % were measured.
+MARGIN = 0.03
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What one layer costs under an option: device bytes kept and made again for a while, host bytes."""
+
+    name: str
+    kept_bytes: int
+    passing_bytes: int
+    host_bytes: int
+    recompute_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Times of a step without recomputation (a layer's forward and backward, all else) and each option's."""
+
+    forward_s: float
+    backward_s: float
+    rest_s: float
+    options: dict[str, Option]
+
+
+def costs(facts: ModelFacts, shape: Shape, rates: Rates) -> Costs:
+    """The costs of one layer and of the rest of the step."""
+    t, h = shape.tokens, facts.hidden
+    matmul, memory = rates.matmul_tflops * 1e12, rates.memory_tb_s * 1e12
+    saved = facts.saved_bytes(shape)
+    full, mlp = sum(saved.values()), facts.mlp_bytes(shape)
+    boundary = t * h * facts.stream_bytes
+    traffic = FUSED_TRAFFIC if facts.fused else PLAIN_TRAFFIC
+
+    def expansion(weights: int) -> float:
+        return weights * EXPANDED_BYTES / memory if facts.four_bit else 0.0
+
+    products = 2 * t * facts.layer_weights / matmul
+    causal = 2 * t * shape.seq * facts.q / (rates.attention_tflops * 1e12)
+    forward = products + causal + traffic[0] * full / memory + expansion(facts.layer_weights)
+    backward = products * (1 if facts.rank else 2) + causal * ATTENTION_BACKWARD + traffic[1] * full / memory
+    backward += expansion(facts.layer_weights)
+    of_mlp = 3 * h * facts.intermediate
+    mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
+    head = (4 if facts.rank else 6) * t * facts.vocab * h / matmul
+    if not facts.fused_head:
+        head += t * facts.vocab * 3 * 12 / memory
+    optimizer = (3 * facts.gradient_bytes + 2 * facts.optimizer_state_bytes) / memory
+    rows = (
+        ("keep", full, 0, 0, 0.0),
+        ("recompute_mlp", full - mlp, mlp, 0, mlp_again),
+        ("recompute", boundary, full - boundary if facts.fused else full, 0, forward),
+        ("recompute_offload", 0, full, boundary, forward),
+        ("offload", 0, 0, full, 0.0),
+    )
+    options = {
+        name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=again)
+        for name, kept, passing, host, again in rows
+    }
+    return Costs(forward_s=forward, backward_s=backward, rest_s=head + optimizer, options=options)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CheckpointPlan:
+    """What each layer does with its saved tensors, and what the step should take.
+
+    `peak_bytes` is what is allocated at most; `margin_bytes` is left free of the budget on top of it.
+    `Settings(checkpointing=plan)` carries it out.
+    """
+
+    layers: tuple[str, ...]
+    facts: ModelFacts
+    shape: Shape
+    rates: Rates
+    budget_bytes: int
+    peak_bytes: int
+    margin_bytes: int
+    host_bytes: int
+    step_s: float
+    recompute_s: float
+    stall_s: float
+
+    def __repr__(self) -> str:
+        return f"<CheckpointPlan: {self}>"
+
+    def __str__(self) -> str:
+        counts = {name: self.layers.count(name) for name in OPTIONS}
+        named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+        return (
+            f"{named} of {len(self.layers)} layers at {self.shape.batch} x {self.shape.seq} tokens: "
+            f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
+        )
+
+    def classes(self, layer: int) -> dict[str, str]:
+        """keep, recompute or offload for each tensor class of a layer."""
+        option = self.layers[layer]
+        if option in ("keep", "offload"):
+            return dict.fromkeys(CLASSES, option)
+        if option == "recompute_mlp":
+            return {name: "recompute" if name in MLP_CLASSES else "keep" for name in CLASSES}
+        return dict.fromkeys(CLASSES, "recompute") | {"input": "offload" if "offload" in option else "keep"}
+
+    def covers(self, shape: Shape) -> bool:
+        """Whether a batch of this shape takes no more memory than the plan allows."""
+        return shape.tokens <= self.shape.tokens and shape.seq <= self.shape.seq
+
+    def apply(self, model: Any) -> Callable[[], None]:
+        """Carry the plan out on a transformers model; gives the function that undoes it."""
+        from sloth_plugins.checkpointing.execute import install
+
+        return install(model, self)
+
+    @property
+    def drained_at(self) -> int:
+        """The layer before whose forward everything that is offloaded has left the device."""
+        last = max((i for i, name in enumerate(self.layers) if "offload" in name), default=-1)
+        return len(self.layers) - max(1, min(IN_FLIGHT, len(self.layers) - 1 - last))
+
+    def memory(self) -> dict[str, int]:
+        """The predicted peak in bytes, part by part, and the margin on top of it."""
+        options = costs(self.facts, self.shape, self.rates).options
+        parts = {
+            "weights": self.facts.weights_bytes,
+            "optimizer": self.facts.optimizer_state_bytes,
+            "kept activations": sum(options[name].kept_bytes for name in self.layers),
+        }
+        return {
+            **parts,
+            "head, gradients, work space, one layer's recomputation": self.peak_bytes - sum(parts.values()),
+            "margin": self.margin_bytes,
+        }
+
+    def timeline(self) -> list[tuple[str, int]]:
+        """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
+        facts, shape = self.facts, self.shape
+        options = costs(facts, shape, self.rates).options
+        work, grads = facts.workspace_bytes(shape), facts.gradient_bytes
+        base = fixed_bytes(facts) + facts.ends_bytes(shape)
+        full, rows, held = options["keep"].kept_bytes, [], base
+        leaving = [options[name].host_bytes for name in self.layers]
+        for index, name in enumerate(self.layers):
+            before = [size for size in leaving[:index] if size][-IN_FLIGHT + (leaving[index] > 0) :]
+            rows.append((f"forward {index}", held + full + (sum(before) if index < self.drained_at else 0)))
+            held += options[name].kept_bytes
+        rows.append(("head", held + facts.head_bytes(shape)))
+        done, begun = 0, False
+        for index in range(len(self.layers) - 1, -1, -1):
+            begun = begun or leaving[index] > 0
+            coming = next((size for size in reversed(leaving[:index]) if size), 0) if begun else 0
+            held -= options[self.layers[index]].kept_bytes
+            rows.append((f"backward {index}", held + full + work + done + coming))
+            done += 0 if facts.accumulates else grads // len(self.layers)
+        rows.append(("optimizer", base + (0 if facts.accumulates else grads)))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types; `from_dict` reads it back."""
+        return {
+            "version": VERSION,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "layers": list(self.layers),
+            "facts": self.facts.to_dict(),
+            "shape": dataclasses.asdict(self.shape),
+            "rates": self.rates.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "a checkpointing plan") -> CheckpointPlan:
+        """The plan that `to_dict` wrote; BadInputError, naming `where`, for anything else."""
+        try:
+            fields = dict(values)
+            if fields.pop("version") != VERSION:
+                raise BadInputError(f"{where} has version {values['version']!r}: allowed is {VERSION}")
+            facts = dict(fields["facts"])
+            fields["facts"] = ModelFacts(**{**facts, "targets": tuple(facts["targets"])})
+            fields["shape"], fields["rates"] = Shape(**fields["shape"]), Rates(**fields["rates"])
+            fields["layers"] = tuple(fields["layers"])
+            made = cls(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, BadInputError):
+                raise
+            raise BadInputError(
+                f"{where} is no checkpointing plan ({type(error).__name__}: {error})"
+            ) from error
+        unknown = [name for name in made.layers if name not in OPTIONS]
+        if unknown or len(made.layers) != made.facts.layers:
+            raise BadInputError(
+                f"{where}: allowed is one of {', '.join(OPTIONS)} for each of {made.facts.layers} layers"
+            )
+        return made
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> CheckpointPlan:
+        """Read what `save` wrote; BadInputError for a file that is none."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{str(path)!r} is no checkpointing plan ({error})") from error
+        return cls.from_dict(values, repr(str(path)))
+
+
+def fixed_bytes(facts: ModelFacts) -> int:
+    """What is on the device all the time: weights, optimizer state, and gradients that accumulate."""
+    gradients = facts.gradient_bytes if facts.accumulates else 0
+    return facts.weights_bytes + facts.optimizer_state_bytes + gradients
+
+
+def plan(
+    facts: ModelFacts,
+    shape: Shape,
+    budget_bytes: int,
+    rates: Rates,
+    *,
+    host_bytes: int | None = None,
+    allow: Sequence[str] = OPTIONS,
+) -> CheckpointPlan:
+    """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
+
+    `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
+    them must be "keep". Raises BadInputError, with the smallest budget that fits, where none does.
+    """
+    return _search(facts, shape, budget_bytes, rates, host_bytes, allow)
+
+
+def smallest_budget_bytes(
+    facts: ModelFacts,
+    shape: Shape,
+    rates: Rates,
+    *,
+    host_bytes: int | None = None,
+    allow: Sequence[str] = OPTIONS,
+) -> int:
+    """The smallest budget for which `plan` finds a plan."""
+    least = _search(facts, shape, None, rates, host_bytes, allow)
+    return least.peak_bytes + least.margin_bytes
+
+
+def _search(
+    facts: ModelFacts,
+    shape: Shape,
+    budget: int | None,
+    rates: Rates,
+    host_limit: int | None,
+    allow: Sequence[str],
+) -> CheckpointPlan:
+    """The fastest plan within the budget, of equal ones that which copies least; None: the smallest."""
+    import torch
+
+    unknown = [name for name in allow if name not in OPTIONS]
+    if unknown or "keep" not in allow:
+        raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
+    cost, layers = costs(facts, shape, rates), facts.layers
+    options = cost.options
+    full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
+    fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
+    work, head = facts.workspace_bytes(shape), facts.head_bytes(shape)
+    gradients = 0 if facts.accumulates else facts.gradient_bytes
+    beside = (layers - 1) / layers
+    step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
+    whole = "recompute" in allow or "recompute_offload" in allow
+    grid = torch.cartesian_prod(
+        torch.arange(layers + 1 if "recompute_mlp" in allow else 1), torch.arange(layers + 1 if whole else 1)
+    )
+    of_mlp, of_layer = grid[grid.sum(1) <= layers].unbind(
+        1
+    )  # layers whose MLP, and that wholly, are recomputed
+    again = (
+        of_mlp.double() * options["recompute_mlp"].recompute_s
+        + of_layer.double() * options["recompute"].recompute_s
+    )
+
+    def memory(offloaded: int, inputs: Any) -> tuple[Any, Any]:
+        """(peak, margin) with so many layers offloaded, and the inputs of so many that are recomputed."""
+        rest = layers - offloaded - of_mlp - of_layer
+        held = (
+            rest * full
+            + of_mlp * options["recompute_mlp"].kept_bytes
+            + (of_layer - inputs) * options["recompute"].kept_bytes
+        )
+        passing = (of_mlp > 0) * options["recompute_mlp"].passing_bytes
+        passing = passing.maximum((of_layer > inputs) * options["recompute"].passing_bytes)
+        passing = passing.maximum((inputs > 0) * options["recompute_offload"].passing_bytes)
+        under_way = min(IN_FLIGHT, offloaded) * full + inputs.clamp(max=IN_FLIGHT) * boundary
+        gap = (layers - 1 - (offloaded - 1) * layers // offloaded) if offloaded else layers
+        # At the last offloaded layer those behind it are free; at the first recomputed one all that are
+        # kept; at the first layer, the last of the backward, the gradients are there.
+        extra = (under_way - rest * full).maximum(
+            (passing > 0) * (passing + under_way - rest * full)
+        )
+        layer = work + held + extra.clamp(min=0)
+        first = gradients + work + (passing + under_way).clamp(min=full)
+        above = ends + layer.maximum(held + head).maximum(first)
+        margin = (above.double() * MARGIN).ceil().long()
+        return fixed + above, margin
+
+    def fewest_inputs(offloaded: int) -> list[Any]:
+        """How many inputs to offload: none; one; all; or the fewest from two on that fit, for less memory is
+        needed with each but costs time."""
+        none = torch.zeros_like(of_layer)
+        if "recompute_offload" not in allow:
+            return [none]
+        if "recompute" not in allow:
+            return [of_layer]
+        if budget is None:
+            return [none, of_layer.clamp(max=1), of_layer]
+        low, high = of_layer.clamp(max=2), of_layer.clone()
+        for _ in range(layers.bit_length()):
+            middle = (low + high) // 2
+            peak, margin = memory(offloaded, middle)
+            fits = peak + margin <= budget
+            high, low = torch.where(fits, middle, high), torch.where(fits, low, (middle + 1).minimum(high))
+        return [none, of_layer.clamp(max=1), high]
+
+    best: tuple[tuple[float, ...], list[int], tuple[int, int, int, float, float]] | None = None
+    for offloaded in range(layers if "offload" in allow else 1):
+        if budget is not None and best is not None:
+            # Nothing that offloads as much can be faster than what the copies alone cost.
+            late = offloaded * full / (rates.to_host_gb_s * 1e9) - layers * cost.forward_s * beside
+            if max(0.0, late) + full / (rates.from_host_gb_s * 1e9) > best[0][0]:
+                break
+            left = (again <= best[0][0]) & (of_mlp + of_layer < layers - offloaded)
+            of_mlp, of_layer, again = of_mlp[left], of_layer[left], again[left]
+            if not len(again):
+                break
+        rest = layers - offloaded - of_mlp - of_layer
+        for inputs in fewest_inputs(offloaded):
+            peak, margin = memory(offloaded, inputs)
+            copied = offloaded * full + inputs * boundary
+            out, back = (
+                copied.double() / (rates.to_host_gb_s * 1e9),
+                copied.double() / (rates.from_host_gb_s * 1e9),
+            )
+            first = full if offloaded else boundary * (inputs > 0).double()
+            stall = (
+                (out - layers * cost.forward_s * beside).clamp(min=0)
+                + (back - (layers * cost.backward_s + again) * beside).clamp(min=0)
+                + first / (rates.from_host_gb_s * 1e9)
+            )
+            fits = rest >= (1 if offloaded else 0)  # the last layer is never offloaded
+            if host_limit is not None:
+                fits = fits & (copied <= host_limit)
+            if budget is not None:
+                fits = fits & (peak + margin <= budget)
+            wanted = (again + stall, copied) if budget is not None else (peak + margin, again + stall)
+            figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
+            at = int(_first(*figures))
+            key = tuple(float(x[at]) for x in figures)
+            if key[0] != float("inf") and (best is None or key < best[0]):
+                n = int(inputs[at])
+                counts = [offloaded, int(of_mlp[at]), int(of_layer[at]) - n, n]
+                sizes = (int(peak[at]), int(margin[at]), int(copied[at]), float(again[at]), float(stall[at]))
+                best = (key, counts, sizes)
+    if best is None:
+        smallest = _search(facts, shape, None, rates, host_limit, allow)
+        need = smallest.peak_bytes + smallest.margin_bytes
+        parts = {
+            "weights": facts.weights_bytes,
+            "the optimizer's state": facts.optimizer_state_bytes,
+            "activations and work space": smallest.peak_bytes - fixed,
+        }
+        driver = max(parts, key=lambda name: parts[name])
+        raise BadInputError(
+            f"memory_budget_bytes={gib(budget or 0)}: {shape.batch} x {shape.seq} tokens need at least "
+            f"{-(-need // 2**20)} MiB ({gib(need)}), of which {driver} take {gib(parts[driver])}"
+        )
+    _, (n_offloaded, n_mlp, n_whole, n_inputs), (peak_bytes, margin_bytes, host, again_s, stall_s) = best
+    placed = ["recompute_offload"] * n_inputs + ["recompute"] * n_whole + ["recompute_mlp"] * n_mlp
+    placed += ["keep"] * (layers - n_offloaded - len(placed))
+    for index in range(n_offloaded):
+        placed.insert(index * layers // n_offloaded, "offload")
+    return CheckpointPlan(
+        layers=tuple(placed),
+        facts=facts,
+        shape=shape,
+        rates=rates,
+        budget_bytes=peak_bytes + margin_bytes if budget is None else budget,
+        peak_bytes=peak_bytes,
+        margin_bytes=margin_bytes,
+        host_bytes=host,
+        step_s=step + again_s + stall_s,
+        recompute_s=again_s,
+        stall_s=stall_s,
+    )
+
+
+def _first(values: Any, then: Any) -> Any:
+    """Index of the smallest of `values`, of equal ones of that with the smallest `then`, the first."""
+    least = values.min()
+    return then.where(values == least, float("inf")).argmin()
+
+
+def gib(size: int) -> str:
+    """`size` bytes as text, such as 12.34 GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,369 @@
+"""The cost model against measured figures and autograd, the planner against brute force, rates and files."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sloth_plugins import cli
+from sloth_plugins.checkpointing import plan as planner
+from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
+from sloth_plugins.checkpointing.plan import (
+    OPTIONS,
+    CheckpointPlan,
+    costs,
+    fixed_bytes,
+    plan,
+    smallest_budget_bytes,
+)
+from sloth_plugins.checkpointing.rates import KNOWN, Rates, cache_path, measure_rates, rates_for
+
+LLAMA_8B: dict[str, Any] = {
+    "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336,
+    "vocab": 128256,
+}  # fmt: skip
+QLORA = {"weights": "nf4_double"}
+PLAIN = {**QLORA, "stream_bytes": 4, "fused": False, "fused_head": False}
+H200 = KNOWN["h200"]
+
+
+def llama_8b(**changes: Any) -> ModelFacts:
+    return ModelFacts(**{**LLAMA_8B, **changes})
+
+
+# torch.cuda.max_memory_allocated and the median step on one H200 (benchmarks/results).
+@pytest.mark.parametrize(
+    ("changes", "batch", "seq", "base_gib", "peak_gib", "step_ms"),
+    [
+        (QLORA, 2, 2048, 5.53, 20.09, 239.4),
+        (QLORA, 1, 8192, 5.53, 34.00, 553.8),
+        (QLORA, 8, 2048, 5.53, 61.81, 929.7),
+        ({**QLORA, "rank": 64}, 2, 2048, 6.00, 21.63, 248.0),
+        ({}, 2, 2048, 15.18, 29.62, 241.5),
+        (PLAIN, 2, 2048, 7.42, 50.77, 465.3),
+    ],
+)
+def test_predictions_agree_with_a_measured_step(
+    changes: Any, batch: int, seq: int, base_gib: float, peak_gib: float, step_ms: float
+) -> None:
+    facts = llama_8b(**changes)
+    made = plan(facts, Shape(batch=batch, seq=seq), 2**40, H200)
+    assert set(made.layers) == {"keep"}
+    assert facts.weights_bytes / 2**30 == pytest.approx(base_gib, rel=0.02)
+    assert made.peak_bytes / 2**30 == pytest.approx(peak_gib, rel=0.02)
+    assert made.step_s * 1e3 == pytest.approx(step_ms, rel=0.15)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_layers_bytes_are_what_autograd_saves(rank: int) -> None:
+    """In plain float32, two layers against four: what each adds."""
+    shape, found = Shape(batch=2, seq=16), []
+    for layers in (2, 4):
+        config = LlamaConfig(
+            num_hidden_layers=layers, hidden_size=64, intermediate_size=160, num_attention_heads=4,
+            num_key_value_heads=4, vocab_size=64, use_cache=False,
+        )  # fmt: skip
+        model: Any = LlamaForCausalLM(config)
+        if rank:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+        storages: dict[int, Any] = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor: Any, storages: Any = storages, weights: Any = weights) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(input_ids=torch.zeros(2, 16, dtype=torch.long))
+        found.append(sum(storage.nbytes() for storage in storages.values()))
+        del out
+        facts = ModelFacts.from_model(model, fused=False, fused_head=False)
+    measured = (found[1] - found[0]) / 2
+    assert facts.rank == rank and facts.weights == "32bit" and facts.activation_bytes == 4
+    assert sum(facts.saved_bytes(shape).values()) == pytest.approx(measured, rel=0.03)
+
+
+def test_facts_of_a_model_are_those_of_its_config() -> None:
+    with torch.device("meta"):
+        config = LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=160, vocab_size=96)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    facts = ModelFacts.from_model(model)
+    same = ModelFacts.from_config(config, rank=0)
+    assert facts.replace(resident_bytes=None) == same
+    assert facts.resident_bytes == sum(2 * p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match=r"'mixtral': the memory of expert layers"):
+        from transformers import MixtralConfig
+
+        ModelFacts.from_config(MixtralConfig())
+    with pytest.raises(ValueError, match="has no num_hidden_layers"):
+        ModelFacts.from_config(object())
+    with pytest.raises(ValueError, match=r"rank=0 with weights='nf4'"):
+        llama_8b(rank=0, weights="nf4")
+    with pytest.raises(ValueError, match="seq=0"):
+        Shape(batch=1, seq=0)
+
+
+# The planner
+
+
+def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> float | None:
+    """The shortest recomputation and waiting of all counts, one by one, by the module's formulas."""
+    cost, n = costs(facts, shape, rates), facts.layers
+    o, work = cost.options, facts.workspace_bytes(shape)
+    full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
+    best = None
+    for mlp, whole, inputs, offloaded in itertools.product(range(n + 1), repeat=4):
+        rest = n - mlp - whole - inputs - offloaded
+        if rest < (1 if offloaded else 0):
+            continue
+        counts = {"recompute_mlp": mlp, "recompute": whole, "recompute_offload": inputs}
+        held = rest * full + sum(k * o[name].kept_bytes for name, k in counts.items())
+        passing = max((o[name].passing_bytes for name, k in counts.items() if k), default=0)
+        way = min(2, offloaded) * full + min(2, inputs) * boundary
+        gap = n - 1 - (offloaded - 1) * n // offloaded if offloaded else n
+        extra = max(0, way - min(rest, gap) * full, passing + way - rest * full if passing else 0)
+        above = max(work + held + extra, held + facts.head_bytes(shape))
+        above = max(above, facts.gradient_bytes + work + max(full, passing + way)) + facts.ends_bytes(shape)
+        if fixed_bytes(facts) + above * (1 + planner.MARGIN) > budget:
+            continue
+        again = mlp * o["recompute_mlp"].recompute_s + (whole + inputs) * o["recompute"].recompute_s
+        copied = (offloaded * full + inputs * boundary) / 1e9
+        beside = (n - 1) / n
+        late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
+        late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
+        late += (full if offloaded else boundary if inputs else 0) / rates.from_host_gb_s / 1e9
+        best = again + late if best is None else min(best, again + late)
+    return best
+
+
+@pytest.mark.parametrize("gpu", ["h200", "4090", "t4"])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_no_plan_is_faster(gpu: str, share: float, layers: int) -> None:
+    facts, shape = llama_8b(layers=layers, vocab=1000, **QLORA), Shape(batch=2, seq=4096)
+    least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
+    most = plan(facts, shape, 2**40, KNOWN[gpu])
+    budget = int(least + share * (most.peak_bytes + most.margin_bytes - least))
+    made = plan(facts, shape, budget, KNOWN[gpu])
+    assert made.peak_bytes + made.margin_bytes <= budget
+    want = brute_force(facts, shape, budget, KNOWN[gpu])
+    assert made.recompute_s + made.stall_s == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert brute_force(facts, shape, least - 2**20, KNOWN[gpu]) is None
+    assert made == plan(facts, shape, budget, KNOWN[gpu])
+
+
+@pytest.mark.parametrize("gpu", ["h200", "4090"])
+@pytest.mark.parametrize("changes", [QLORA, {}, PLAIN, {"rank": 0}], ids=["qlora", "lora", "plain", "full"])
+def test_the_timeline_stays_below_the_peak(gpu: str, changes: dict[str, Any]) -> None:
+    facts, shape = llama_8b(**changes), Shape(batch=2, seq=4096)
+    least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
+    for more_gib in (0, 1, 3, 6, 12, 20):
+        made = plan(facts, shape, least + more_gib * 2**30, KNOWN[gpu])
+        top = max(size for _, size in made.timeline())
+        assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes, str(made)
+        assert sum(made.memory().values()) == made.peak_bytes + made.margin_bytes
+        assert all(size >= 0 for size in made.memory().values())
+
+
+def test_more_memory_is_never_slower_and_all_of_it_recomputes_nothing() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    made = [plan(facts, shape, gib * 2**30, H200) for gib in (8, 9, 10, 12, 16, 20, 21)]
+    steps = [m.step_s for m in made]
+    assert steps == sorted(steps, reverse=True) and made[-1].recompute_s == made[-1].stall_s == 0
+    assert made[0].layers[-1] == "keep"  # what is freed first
+
+
+def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
+    """An H200 computes too fast for its link: a third is offloaded. An RTX 4090 offloads most, a T4
+    recomputes nothing; with a link a thousand times slower nobody offloads."""
+    facts, shape, budget = llama_8b(**QLORA), Shape(batch=2, seq=2048), 10 * 2**30
+    of = {gpu: plan(facts, shape, budget, KNOWN[gpu]).layers for gpu in ("h200", "4090", "a10", "t4")}
+    assert 8 <= of["h200"].count("offload") <= 14 and sum("recompute" in x for x in of["h200"]) > 8
+    for gpu in ("4090", "a10", "t4"):
+        assert of[gpu].count("offload") > 22
+    assert set(of["t4"]) == set(of["a10"]) == {"keep", "offload"}
+    slow = Rates(**{**H200.to_dict(), "to_host_gb_s": 0.05, "from_host_gb_s": 0.05})
+    assert not any("offload" in name for name in plan(facts, shape, budget, slow).layers)
+
+
+def test_limits_on_host_memory_and_options() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    free = plan(facts, shape, 12 * 2**30, H200)
+    held = plan(facts, shape, 12 * 2**30, H200, host_bytes=2 * 2**30)
+    assert free.host_bytes > 2 * 2**30 >= held.host_bytes > 0 and held.step_s > free.step_s
+    only = plan(facts, shape, 12 * 2**30, H200, allow=("keep", "recompute"))
+    assert set(only.layers) == {"keep", "recompute"} and only.step_s >= free.step_s
+    with pytest.raises(ValueError, match="allowed are 'keep' and any of"):
+        plan(facts, shape, 2**40, H200, allow=("recompute",))
+
+
+def test_a_budget_that_is_too_small_names_the_smallest() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    with pytest.raises(
+        ValueError, match=r"memory_budget_bytes=6\.00 GiB: 2 x 2048 tokens need at least"
+    ) as error:
+        plan(facts, shape, 6 * 2**30, H200)
+    mib = int(str(error.value).split("at least ")[1].split(" MiB")[0])
+    assert "weights take 5.5" in str(error.value)
+    plan(facts, shape, mib * 2**20, H200)
+    with pytest.raises(ValueError):
+        plan(facts, shape, (mib - 2) * 2**20, H200)
+
+
+def test_126_layers_in_a_second() -> None:
+    facts = ModelFacts(
+        layers=126, hidden=16384, heads=128, kv_heads=8, head_dim=128, intermediate=53248,
+        vocab=128256, **QLORA,
+    )  # fmt: skip
+    shape = Shape(batch=1, seq=4096)
+    least = smallest_budget_bytes(facts, shape, H200)
+    times = []
+    for more in (1.0, 1.05, 1.2):
+        start = time.perf_counter()
+        plan(facts, shape, int(least * more), H200)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0 and max(times) < 3.0  # the machine of the tests may be busy
+
+
+def test_classes_and_shapes_of_a_plan() -> None:
+    made = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), 9 * 2**30, H200)
+    for layer, option in enumerate(made.layers):
+        classes = made.classes(layer)
+        assert tuple(classes) == CLASSES
+        assert ("recompute" in classes.values()) == ("recompute" in option)
+        assert classes["input"] == ("offload" if "offload" in option else "keep")
+    assert made.covers(Shape(batch=4, seq=1024)) and made.covers(made.shape)
+    assert not made.covers(Shape(batch=1, seq=2049)) and not made.covers(Shape(batch=3, seq=2048))
+
+
+def test_a_plan_survives_a_file(tmp_path: Path) -> None:
+    made = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), 9 * 2**30, H200)
+    path = tmp_path / "plan.json"
+    made.save(path)
+    assert CheckpointPlan.load(path) == made
+    values = json.loads(path.read_text())
+    for change, message in (
+        ({"version": 99}, "has version 99: allowed is 1"),
+        ({"layers": ["keep"]}, f"one of {', '.join(OPTIONS)} for each of 32"),
+        ({"layers": ["lose"] * 32}, "for each of 32 layers"),
+        ({"facts": None}, "is no checkpointing plan"),
+    ):
+        path.write_text(json.dumps({**values, **change}))
+        with pytest.raises(ValueError, match=message):
+            CheckpointPlan.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no checkpointing plan"):
+        CheckpointPlan.load(path)
+
+
+# Rates
+
+
+def test_names_of_gpus() -> None:
+    assert rates_for("NVIDIA H200") is H200
+    assert rates_for("NVIDIA GeForce RTX 4090") is KNOWN["4090"]
+    assert rates_for("NVIDIA A100-SXM4-80GB") is KNOWN["a100"]
+    assert rates_for("NVIDIA A10G") is rates_for("Tesla") is KNOWN["unknown"]
+    with pytest.raises(ValueError, match=r"matmul_tflops=0"):
+        Rates(**{**H200.to_dict(), "matmul_tflops": 0})
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{}", '{"version": 0, "rates": {}}', "[1]", '{"version": 1, "rates": {"x": {}}}']
+)
+def test_measured_rates_are_cached_and_a_corrupt_cache_is_rebuilt(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cache_path()
+    assert path.is_relative_to(tmp_path)
+    if content is not None:
+        path.parent.mkdir()
+        path.write_text(content)
+    calls = []
+
+    def measure(device: Any) -> Rates:
+        calls.append(device)
+        return KNOWN["t4"]
+
+    for _ in range(2):
+        assert measure_rates("cpu", measure=measure) == KNOWN["t4"]
+    assert len(calls) == 1 and json.loads(path.read_text())["version"] == 1
+    measure_rates("cpu", again=True, measure=measure)
+    assert len(calls) == 2
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert measure_rates("cpu", measure=lambda _: KNOWN["t4"]) == KNOWN["t4"]
+    assert measure_rates("cpu") is KNOWN["unknown"]
+
+
+# The command
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336, vocab_size=128256, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+STEP = ("--batch", 2, "--seq", 2048, "--weights", "nf4_double", "--gpu", "h200")
+
+
+def test_the_command_prints_draws_and_saves(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png, file = directory / "plan.png", directory / "plan.json"
+    given = ("plan", directory, *STEP, "--budget", "9GiB", "--draw", png, "--save", file)
+    code, out, _ = run(capsys, *given)
+    assert code == 0 and "predicted step:" in out and "A step of 2 x 2048 tokens in 9.00 GiB" in out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run(capsys, *given, "--json")
+    values = json.loads(out)
+    assert code == 0
+    made = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), 9 * 2**30, H200)
+    assert CheckpointPlan.load(file) == made
+    assert values["memory_plan"]["peak_bytes"] == made.peak_bytes
+    assert sum(values["memory_plan"]["memory"].values()) == made.peak_bytes + made.margin_bytes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--batch", 2), "--budget, --batch and --seq go together"),
+        (("--draw", "x.png"), "give --budget, --batch and --seq"),
+        ((*STEP, "--budget", "2GiB"), "2 x 2048 tokens need at least"),
+        ((*STEP, "--budget", "lots"), "argument --budget='lots'"),
+        ((*STEP, "--budget", "9GiB", "--seq", 0), "seq=0"),
+        ((*STEP, "--budget", "9GiB", "--gpu", "h2000"), "'h2000': allowed are h200"),
+        ((*STEP, "--budget", "9GiB", "--rank", -1), "rank=-1"),
+        ((*STEP, "--budget", "9GiB", "--draw", "/nowhere/at/all.png"), "argument --draw"),
+    ],
+)
+def test_mistakes_in_the_command(
+    given: tuple[Any, ...], message: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "plan", directory, *given)
+    assert code == 2 and not out and message in err and "Traceback" not in err

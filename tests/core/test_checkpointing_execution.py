@@ -1,0 +1,339 @@
+"""A plan at work: the same bits as without it, flags given back, budgets kept, what trainers do meanwhile."""
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sloth_plugins as sloth
+from sloth_plugins.checkpointing import execute
+from sloth_plugins.checkpointing.facts import ModelFacts, Shape
+from sloth_plugins.checkpointing.plan import OPTIONS, CheckpointPlan, plan, smallest_budget_bytes
+from sloth_plugins.checkpointing.rates import KNOWN
+
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "LEAST_BYTES", 64)
+
+
+def llama(rank: int = 0, dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, attention_dropout=dropout, use_cache=False,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets = "all-linear"
+        model = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules=targets))
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def ids(batch: int = 2, seq: int = 12) -> torch.Tensor:
+    return torch.randint(0, 64, (batch, seq), generator=torch.Generator().manual_seed(1))
+
+
+def step(model: Any, given: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step, from one random state."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    loss = model(input_ids=given, labels=given).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(got: Any, want: Any) -> None:
+    assert torch.equal(got[0], want[0])
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        assert torch.equal(got[1][name], gradient), name
+
+
+def planned(model: Any, layers: tuple[str, ...]) -> CheckpointPlan:
+    facts = ModelFacts.from_model(model, fused=False, fused_head=False)
+    made = plan(facts, Shape(batch=2, seq=12), 2**40, KNOWN["unknown"])
+    return CheckpointPlan(**{**{n: getattr(made, n) for n in made.__dataclass_fields__}, "layers": layers})
+
+
+MIXED = ("offload", "recompute_offload", "recompute_mlp", "keep")
+
+
+@pytest.mark.parametrize("layers", [*((o,) * 3 + ("keep",) for o in OPTIONS), ("recompute",) * 4, MIXED])
+@pytest.mark.parametrize(("rank", "dropout"), [(0, 0.0), (4, 0.3)])
+def test_losses_and_gradients_are_the_same_bits(layers: tuple[str, ...], rank: int, dropout: float) -> None:
+    model = llama(rank, dropout)
+    want = step(model, ids())
+    undo = planned(model, layers).apply(model)
+    same(step(model, ids()), want)
+    undo()
+    same(step(model, ids()), want)
+
+
+@pytest.mark.parametrize("layers", [MIXED, ("recompute",) * 4])
+def test_patched_models_too(layers: tuple[str, ...]) -> None:
+    model = llama(4, 0.3)
+    acceleration = sloth.accelerate(model)
+    want = step(model, ids())
+    acceleration.undo()
+    acceleration = sloth.accelerate(model, checkpointing=planned(model, layers))
+    assert acceleration.report.patched
+    same(step(model, ids()), want)
+    acceleration.undo()
+    assert not any("gradient_checkpointing" in layer.__dict__ for layer in execute.decoder_layers(model))
+
+
+def saved(model: Any, given: torch.Tensor) -> int:
+    """Bytes of storages that autograd holds after a forward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model(input_ids=given).logits
+    del out
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def test_what_a_plan_does_to_each_layer_is_what_autograd_keeps() -> None:
+    kept = {}
+    for option in ("keep", "recompute_mlp", "recompute"):
+        model = llama()
+        undo = planned(model, (option,) * LAYERS).apply(model)
+        kept[option] = saved(model, ids())
+        undo()
+    assert kept["recompute"] < kept["recompute_mlp"] < kept["keep"]
+
+
+def test_offloaded_tensors_leave_and_come_back_once() -> None:
+    model = llama()
+    undo = planned(model, ("offload",) * 3 + ("keep",)).apply(model)
+    torch.manual_seed(3)
+    made: list[weakref.ref[Any]] = []
+    first = execute._Entry.__init__
+
+    def watch(self: Any, *args: Any) -> None:
+        first(self, *args)
+        made.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute._Entry, "__init__", watch)
+        loss = model(input_ids=ids(), labels=ids()).loss
+    entries: list[Any] = [ref() for ref in made]
+    assert entries and all(entry.source is None and entry.back is None for entry in entries)
+    loss.backward(retain_graph=True)
+    assert all(entry.back is None for entry in entries)  # each was dropped with its last user
+    one = [p.grad.clone() for p in model.parameters()]
+    loss.backward()  # a second time through the same graph
+    for p, g in zip(model.parameters(), one, strict=True):
+        assert torch.equal(p.grad, g + g)
+    del entries, loss
+    gc.collect()
+    assert not any(ref() for ref in made)
+    undo()
+
+
+def test_views_of_one_storage_leave_as_one_and_come_back_as_they_were() -> None:
+    offload, seen = execute._Offload(), []
+
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([x, 2 * x], 1)
+            ctx.save_for_backward(both[:, :8], both[:, 8:], both.t(), x.bfloat16(), torch.arange(3))
+            return both.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.extend(ctx.saved_tensors)
+            return 3 * grad.expand(4, 8)
+
+    x = torch.randn(4, 8, requires_grad=True)
+    with offload.layer(torch.nn.Linear(1, 1), {"mask": x}):
+        Keeps.apply(x).backward()
+    first, second, turned, narrow, small = seen
+    assert (
+        torch.equal(first, x) and torch.equal(second, 2 * x) and first.stride() == second.stride() == (16, 1)
+    )
+    assert torch.equal(turned, torch.cat([x, 2 * x], 1).t()) and turned.stride() == (1, 16)
+    assert torch.equal(narrow, x.bfloat16()) and torch.equal(small, torch.arange(3))
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def test_a_backward_that_never_comes_and_an_exception_leave_nothing() -> None:
+    model = llama()
+    want = step(model, ids())
+    undo = planned(model, MIXED).apply(model)
+    model(input_ids=ids(), labels=ids())  # no backward
+    mlp = execute.decoder_layers(model)[2].mlp
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    handle = mlp.act_fn.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(input_ids=ids(), labels=ids())
+    handle.remove()
+    assert "forward" not in mlp.__dict__
+    with torch.no_grad():
+        model.eval()(input_ids=ids())
+    model.train()
+    model.generate(ids(), max_new_tokens=2, do_sample=False)
+    same(step(model, ids()), want)
+    undo()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_trainers_own_gives_way_and_comes_back(reentrant: bool, when: str) -> None:
+    model = llama()
+    want = step(model, ids())
+    enable = {"use_reentrant": reentrant}
+    if when == "before":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=enable)
+    undo = planned(model, MIXED).apply(model)
+    if when == "after":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=enable)
+    same(step(model, ids()), want)
+    layers = execute.decoder_layers(model)
+    assert all(isinstance(layer._gradient_checkpointing_func, execute._Ours) for layer in layers)
+    undo()
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert not any(isinstance(layer._gradient_checkpointing_func, execute._Ours) for layer in layers)
+
+
+def test_a_copy_and_a_pickle_stand_alone() -> None:
+    model = llama()
+    want = step(model, ids())
+    undo = planned(model, MIXED).apply(model)
+    twin = copy.deepcopy(model)
+    same(step(twin, ids()), want)
+    function = pickle.loads(pickle.dumps(execute.decoder_layers(model)[0]._gradient_checkpointing_func))
+    assert function.keywords == {"use_reentrant": False}
+    undo()
+    same(step(twin, ids()), want)
+
+
+def test_a_plan_for_other_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan is for 4 layers, the model has 2"):
+        planned(llama(), MIXED).apply(tiny_model("llama"))
+
+
+# A budget
+
+
+def budget(model: Any, share: float) -> int:
+    """Between the smallest that fits at 2 x 12 and what keeping everything takes."""
+    facts = ModelFacts.from_model(model, fused=False, fused_head=False)
+    least = smallest_budget_bytes(facts, Shape(batch=2, seq=12), KNOWN["unknown"])
+    most = plan(facts, Shape(batch=2, seq=12), 2**40, KNOWN["unknown"])
+    return int(least + share * (most.peak_bytes + most.margin_bytes - least))
+
+
+@pytest.mark.filterwarnings("ignore:sloth")
+def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one() -> None:
+    model = llama(4)
+    want = step(model, ids())
+    wider = step(model, ids(2, 20))
+    with sloth.accelerate(model, kernels="off", memory_budget_bytes=budget(model, 0.5)) as acceleration:
+        record = acceleration.report.checkpointing
+        assert record["chosen"] == "to be planned at the first batch" and record["plans"] == 0
+        same(step(model, ids()), want)
+        assert record["plans"] == 1 and set(record["plan"]["layers"]) != {"keep"}
+        step(model, ids(1, 6))
+        with torch.no_grad():
+            model(input_ids=ids(2, 20))  # evaluation plans nothing
+        assert record["plans"] == 1
+        same(step(model, ids(2, 20)), wider)
+        assert record["plans"] == 2 and record["plan"]["shape"] == {"batch": 2, "seq": 20}
+        acceleration.report.to_json()
+        assert "peak predicted" in str(acceleration.report)
+    same(step(model, ids()), want)
+
+
+def test_without_a_budget_nothing_is_planned() -> None:
+    model = llama(4)
+    with sloth.accelerate(model, kernels="off") as acceleration:
+        step(model, ids())
+        assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
+        assert not any(
+            layer.__dict__.get("gradient_checkpointing") for layer in execute.decoder_layers(model)
+        )
+
+
+def test_a_budget_that_does_not_hold_the_weights_is_an_error_before_training() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"memory_budget_bytes=.*: weights and the optimizer's state alone"):
+        sloth.accelerate(model, kernels="off", memory_budget_bytes=1000)
+    assert "gradient_checkpointing" not in execute.decoder_layers(model)[0].__dict__
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_batch_beyond_the_budget(strict: bool) -> None:
+    model = llama()
+    given = budget(model, 0.0)
+    settings = sloth.Settings(kernels="off", memory_budget_bytes=given, strict=strict)
+    with sloth.accelerate(model, settings) as acceleration:
+        if strict:
+            with pytest.raises(ValueError, match="16 x 64 tokens need at least"):
+                step(model, ids(16, 64))
+        else:
+            with pytest.warns(UserWarning, match="16 x 64 tokens need at least .*the smallest plan is used"):
+                step(model, ids(16, 64))
+            assert "need at least" in acceleration.report.checkpointing["note"]
+
+
+def test_a_model_that_cannot_be_planned_is_left_to_its_trainer() -> None:
+    model = tiny_model("llama").model.layers[0]
+    with pytest.warns(UserWarning, match="memory_budget_bytes is not used"):
+        acceleration = sloth.accelerate(model, kernels="off", memory_budget_bytes="1GiB")
+    assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
+    acceleration.undo()
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_in_the_hf_trainer(theirs: bool, tmp_path: Any) -> None:
+    from sloth_hf_trainer import SlothCallback
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids(8, 12)]
+    losses = []
+    for planned_too in (False, True):
+        model = llama(4, 0.2)
+        options: dict[str, Any] = {"memory_budget_bytes": budget(model, 0.4)} if planned_too else {}
+        callback = SlothCallback(kernels="off", **options)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, seed=1,
+            report_to=[], save_strategy="no", use_cpu=True, gradient_checkpointing=theirs and planned_too,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        if planned_too:
+            assert callback.acceleration is not None
+            record = callback.acceleration.report.checkpointing
+            assert record["plans"] == 1 and set(record["plan"]["layers"]) != {"keep"}
+            assert ("gives way to the plan" in record["reason"]) == theirs
+            callback.acceleration.undo()
+            layers = execute.decoder_layers(model)
+            assert any(layer.gradient_checkpointing for layer in layers) == theirs
+    assert losses[0] == losses[1] and len(losses[0]) == 3
