@@ -454,6 +454,8 @@ class Automatic:
                 f"memory_budget_bytes={gib(self.budget)}: weights and the optimizer's state alone take "
                 f"{gib(least)}"
             )
+        trained = next((p for p in model.parameters() if p.requires_grad), None)
+        self.trained = weakref.ref(trained) if trained is not None else lambda: None
         self.plan: CheckpointPlan | None = None
         self.seen: Shape | None = None
         self.device = next(model.parameters()).device
@@ -472,6 +474,10 @@ class Automatic:
         if not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
             return
         shape = Shape(batch=int(given.shape[0]), seq=int(given.shape[1]))
+        trained = self.trained()
+        if not self.facts.accumulates and trained is not None and trained.grad is not None:
+            # Micro-batches, or gradients that are zeroed in place: they are there beside all activations.
+            self.facts, self.plan = self.facts.replace(accumulates=True), None
         if self.plan is None or not self.plan.covers(shape):
             self._plan(shape)
         elif self.running.begin():
@@ -488,7 +494,7 @@ class Automatic:
         facts, rates = self.facts, self.rates
         if rates is None:
             rates = self.rates = measure_rates(self.device)
-        if self.device.type == "cuda" and self.plan is None:
+        if self.device.type == "cuda" and not self.record["plans"]:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
         try:

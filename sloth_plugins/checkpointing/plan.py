@@ -333,7 +333,7 @@ def _search(
         gap = (layers - 1 - (offloaded - 1) * layers // offloaded) if offloaded else layers
         # At the last offloaded layer those behind it are free; at the first recomputed one all that are
         # kept; at the first layer, the last of the backward, the gradients are there.
-        extra = (under_way - rest * full).maximum(
+        extra = (under_way - rest.clamp(max=gap) * full).maximum(
             (passing > 0) * (passing + under_way - rest * full)
         )
         layer = work + held + extra.clamp(min=0)

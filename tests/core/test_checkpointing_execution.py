@@ -269,6 +269,17 @@ def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one() -> 
     same(step(model, ids()), want)
 
 
+@pytest.mark.filterwarnings("ignore:sloth")
+def test_gradients_that_accumulate_are_planned_for() -> None:
+    model = llama(4)
+    with sloth.accelerate(model, kernels="off", memory_budget_bytes=budget(model, 0.6)) as acceleration:
+        record, peaks = acceleration.report.checkpointing, []
+        for _ in range(3):
+            model(input_ids=ids(), labels=ids()).loss.backward()
+            peaks.append((record["plans"], record["plan"]["facts"]["accumulates"]))
+    assert peaks == [(1, False), (2, True), (2, True)]
+
+
 def test_without_a_budget_nothing_is_planned() -> None:
     model = llama(4)
     with sloth.accelerate(model, kernels="off") as acceleration:
