@@ -10,6 +10,8 @@ SETUP ?= 1
 # On a machine without a GPU. Where this version can't be had, the newest takes its place.
 CPU_TORCH ?= torch==2.13.0
 ARGS ?=
+# The tests are many and small: one worker a core with one thread, at most 8, where pytest-xdist is there.
+WORKERS = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n auto --maxprocesses 8 --dist worksteal")
 # Axolotl pins what it works with, so each version has an environment of its own, in the user's cache folder.
 AXOLOTL ?= 0.19.0 0.21.0
 AXOLOTL_ROOT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sloth-plugins/axolotl-
@@ -76,7 +78,7 @@ demo: $(READY)
 	@$(PY) -P -m sloth_plugins.demo --output demo_output $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(WORKERS) $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check
