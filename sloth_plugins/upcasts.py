@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 NARROW = (torch.bfloat16, torch.float16)
+# Compared at a time, so that an embedding needs no second float32 copy.
+ELEMENTS = 2**24
 
 
 def narrow_upcasts(model: nn.Module) -> tuple[str, Callable[[], None]]:
@@ -37,7 +39,8 @@ def narrow_upcasts(model: nn.Module) -> tuple[str, Callable[[], None]]:
         if parameter.dtype != torch.float32 or parameter.requires_grad or type(parameter) is not nn.Parameter:
             continue
         narrow = parameter.data.to(dtype)
-        if torch.equal(narrow.float(), parameter.data):
+        parts = (torch.split(t.flatten(), ELEMENTS) for t in (narrow, parameter.data))
+        if all(torch.equal(some.float(), own) for some, own in zip(*parts, strict=True)):
             parameter.data = narrow
             changed.append(parameter)
     saved_bytes = sum(2 * parameter.numel() for parameter in changed)

@@ -141,7 +141,7 @@ _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 10_000
 _SHORT_WAY: set[int] = set()
 _NO_SHORT_WAY: set[int] = set()
-_FEW_BYTES = 2**29
+_FEW_BYTES = 2**27
 
 
 def _prove_short_way(

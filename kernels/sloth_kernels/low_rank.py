@@ -40,6 +40,7 @@ MOST_COLUMNS = 64
 FEWEST_COLUMNS = 16  # of a tensor core's tile
 MOST_SPLITS = 16
 MOST_TILES = 2**15
+# (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
 TILES = {
     "narrow": (64, 128, 4, 3),
     "tall": (64, 64, 4, 4),

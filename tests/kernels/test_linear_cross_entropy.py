@@ -16,20 +16,11 @@ from sloth_kernels.linear_cross_entropy import (
     linear_log_probs_reference,
 )
 from sloth_kernels.nf4 import FourBit
-from three_way import check
+from three_way import WAYS, check
 
 from sloth_plugins.numerics import bound, relative_error
 
 GPU = torch.cuda.is_available()
-# Triton's kernels in the dtypes that the interpreter gets right; PyTorch's operators in every dtype.
-WAYS = [
-    pytest.param(True, torch.float32, id="fused-fp32"),
-    pytest.param(True, torch.float16, id="fused-fp16"),
-    pytest.param(True, torch.bfloat16, id="fused-bf16", marks=pytest.mark.gpu),
-    pytest.param(False, torch.float32, id="torch-fp32"),
-    pytest.param(False, torch.float16, id="torch-fp16"),
-    pytest.param(False, torch.bfloat16, id="torch-bf16"),
-]
 BOTH = [pytest.param(True, id="fused"), pytest.param(False, id="torch")]
 LOSSES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,18 +19,9 @@ from sloth_kernels.lora import (
 )
 from sloth_kernels.low_rank import Dropout, narrow_matmul, tall_matmul
 from sloth_kernels.nf4 import FourBit
-from three_way import check
+from three_way import WAYS, check
 
 GPU = torch.cuda.is_available()
-# Triton's kernels in the dtypes that the interpreter gets right; PyTorch's operators in every dtype.
-WAYS = [
-    pytest.param(True, torch.float32, id="fused-fp32"),
-    pytest.param(True, torch.float16, id="fused-fp16"),
-    pytest.param(True, torch.bfloat16, id="fused-bf16", marks=pytest.mark.gpu),
-    pytest.param(False, torch.float32, id="torch-fp32"),
-    pytest.param(False, torch.float16, id="torch-fp16"),
-    pytest.param(False, torch.bfloat16, id="torch-bf16"),
-]
 BASES = ["dense", "nf4", "fp4", "nf4 plain", "mixed"]
 
 

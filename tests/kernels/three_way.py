@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from sloth_plugins.numerics import Comparison, relative_error
 
 Inputs = Mapping[str, torch.Tensor | None]
 Function = Callable[..., Any]
+# (fused, dtype): Triton's kernels in what the interpreter gets right, PyTorch's operators in every dtype.
+WAYS = [
+    pytest.param(True, torch.float32, id="fused-fp32"),
+    pytest.param(True, torch.float16, id="fused-fp16"),
+    pytest.param(True, torch.bfloat16, id="fused-bf16", marks=pytest.mark.gpu),
+    pytest.param(False, torch.float32, id="torch-fp32"),
+    pytest.param(False, torch.float16, id="torch-fp16"),
+    pytest.param(False, torch.bfloat16, id="torch-bf16"),
+]
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
