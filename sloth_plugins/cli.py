@@ -201,15 +201,24 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--budget",
         metavar="RATIO",
-        type=float,
+        type=_ratio_or_size,
         default=1.0,
-        help="bytes over those of uniform NF4; default: 1.0",
+        help='bytes over those of uniform NF4, or a size such as "120MB"; default: 1.0',
+    )
+    quantize.add_argument(
+        "--target-kl",
+        metavar="NATS",
+        type=float,
+        help="instead of a budget: the KL to the original that the smallest such checkpoint has",
     )
     quantize.add_argument(
         "--evaluate",
         metavar="FILE",
         type=Path,
-        help="held-out texts: KL, perplexity and top-1 agreement on them",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="held-out texts: KL, perplexity and top-1 agreement on each file",
     )
     quantize.add_argument(
         "--samples", metavar="N", type=int, default=128, help="rows of calibration text; default: 128"
@@ -265,6 +274,14 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def _ratio_or_size(value: str) -> float | str:
+    """A number, or text that `Options` reads as a size."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 # Commands
@@ -468,6 +485,7 @@ def _quantize(arguments: argparse.Namespace) -> Outcome:
         with _user_errors(), bar:
             options = Options(
                 budget=arguments.budget,
+                target_kl=arguments.target_kl,
                 block_sizes=tuple(dict.fromkeys(arguments.block_sizes)),
                 keep=tuple(arguments.keep),
                 samples=arguments.samples,
@@ -721,14 +739,22 @@ def _show_quantized(console: Console, result: Quantized, picture: Path | None) -
         rows.append((way, names, str(len(choices)), size, f"{sum(kls):.2e}" if kls else "-", reason))
     columns = ("stored as", "linears", "count", "MB", "KL of plain 4 bits", "why")
     _table(console, str(result.plan), columns, rows)
-    if result.evaluation:
+    if result.plan.measured_kl is not None:
+        _line(
+            console,
+            f"the plan in plain NF4, on calibration text: KL {result.plan.measured_kl:.4f} measured, "
+            f"{result.plan.expected_kl:.4f} as the linears' own add up",
+        )
+    if result.reached_kl is not None:
+        _line(console, f"KL on the calibration text that was held back: {result.reached_kl:.4f}")
+    for name, figures in result.evaluation.items():
         _table(
             console,
-            "On held-out text",
+            f"On held-out text: {name}",
             ("", "KL to the original", "perplexity", "top-1 agreement"),
             [
                 (kind, f"{e['kl']:.4f}", f"{e['perplexity']:.3f}", f"{e['top1']:.1%}")
-                for kind, e in result.evaluation.items()
+                for kind, e in figures.items()
             ],
         )
     for note in result.notes:

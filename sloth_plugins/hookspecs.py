@@ -56,7 +56,7 @@ def sloth_plan_patches(model: nn.Module, context: PlanContext) -> Sequence[Patch
 
 
 @hookspec(firstresult=True)
-def sloth_plan_quantization(model: nn.Module | str, settings: Settings, budget: float) -> Any | None:
+def sloth_plan_quantization(model: nn.Module | str, settings: Settings, budget: float | str) -> Any | None:
     """Plan which modules are stored in how many bits within `budget` (a ratio to uniform 4-bit)."""
 
 

@@ -143,7 +143,9 @@ class Manager:
             for name, item in self._items("sloth_plan_patches", Patch, Skip, model=model, context=context)
         ]
 
-    def plan_quantization(self, model: nn.Module | str, settings: Settings, budget: float) -> Any | None:
+    def plan_quantization(
+        self, model: nn.Module | str, settings: Settings, budget: float | str
+    ) -> Any | None:
         """The first plugin's quantization plan, or None."""
         return self.pluggy.hook.sloth_plan_quantization(model=model, settings=settings, budget=budget)
 

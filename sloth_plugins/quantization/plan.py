@@ -37,6 +37,8 @@ class QuantizationPlan:
 
     budget: the allowed ratio of `total_bytes` to `uniform_bytes`, which uniform NF4 (blocks of 64) needs.
     others: linears outside the decoder layers, such as lm_head; they stay as they are.
+    expected_kl, measured_kl: to the original, in plain NF4 on calibration text, as the choices' own add up
+    and as it was measured with all of them together; None: not measured.
     """
 
     budget: float
@@ -44,6 +46,8 @@ class QuantizationPlan:
     total_bytes: int
     choices: tuple[Choice, ...]
     others: tuple[str, ...]
+    expected_kl: float | None = None
+    measured_kl: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -78,7 +82,8 @@ class QuantizationPlan:
         try:
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r} in {where}: allowed is {_FORMAT}")
-            fields = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            optional = {"expected_kl": None, "measured_kl": None}
+            fields = {f.name: (optional | dict(values))[f.name] for f in dataclasses.fields(cls)}
             fields |= {
                 "choices": tuple(Choice(**choice) for choice in values["choices"]),
                 "others": tuple(values["others"]),
@@ -140,6 +145,72 @@ class Offer:
     kl: float | None
     ways: tuple[tuple[int | None, int, float], ...]
     reason: str = ""
+
+    def expected_kl(self, choice: Choice) -> float:
+        """Of the way that was chosen."""
+        return next(kl for blocksize, _, kl in self.ways if blocksize == choice.blocksize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What plans for a model are chosen from; bytes: rest_bytes are those of everything but the offers.
+
+    rows: of the calibration text, from the first, sensitivity was measured on; 0: it was not.
+    """
+
+    offers: tuple[Offer, ...]
+    others: tuple[str, ...]
+    rest_bytes: int
+    rows: int
+
+    @property
+    def uniform_bytes(self) -> int:
+        """Of the checkpoint in uniform NF4, and in 16 bits what has to stay so."""
+        return self.rest_bytes + sum(
+            next(size for blocksize, size, _ in offer.ways if offer.reason or blocksize == 64)
+            for offer in self.offers
+        )
+
+    def plan(self, limit: int) -> QuantizationPlan:
+        """The plan with the least expected KL among those of at most `limit` bytes."""
+        choices = solve(self.offers, limit - self.rest_bytes)
+        return QuantizationPlan(
+            budget=round(limit / self.uniform_bytes, 4),
+            uniform_bytes=self.uniform_bytes,
+            total_bytes=self.rest_bytes + sum(choice.bytes for choice in choices),
+            choices=tuple(choices),
+            others=self.others,
+            expected_kl=sum(o.expected_kl(c) for o, c in zip(self.offers, choices, strict=True))
+            if self.rows
+            else None,
+        )
+
+    def plan_for(self, kl: float) -> QuantizationPlan:
+        """The smallest plan whose expected KL is at most `kl`."""
+        low = self.uniform_bytes
+        high = self.rest_bytes + sum(max(size for _, size, _ in offer.ways) for offer in self.offers)
+        best = self.plan(high)
+        while high - low > max(1, self.uniform_bytes // 10_000):
+            middle = (low + high) // 2
+            plan = self.plan(middle)
+            if (plan.expected_kl or 0.0) <= kl:
+                best, high = plan, middle
+            else:
+                low = middle
+        return best
+
+    def save(self, path: Path) -> None:
+        """Write the survey as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Survey:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        offers = (
+            Offer(**{**offer, "ways": tuple(map(tuple, offer["ways"]))}) for offer in values.pop("offers")
+        )
+        return cls(offers=tuple(offers), others=tuple(values.pop("others")), **values)
 
 
 def solve(offers: Sequence[Offer], budget_bytes: int, steps: int = 20_000) -> list[Choice]:

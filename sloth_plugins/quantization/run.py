@@ -7,13 +7,17 @@ whole. Hidden states are not stored: a resumed run sends the texts through the f
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +26,29 @@ import torch
 from torch import Tensor, nn
 
 from sloth_plugins.quantization.calibrate import calibrate_layer, linears, matmul_precision, put
-from sloth_plugins.quantization.plan import Offer, QuantizationPlan, bnb_config, nf4_bytes, solve
+from sloth_plugins.quantization.evaluate import (
+    Figures,
+    Weights,
+    by_file,
+    evaluate,
+    rounded_plainly,
+    stored_in,
+)
+from sloth_plugins.quantization.plan import Offer, QuantizationPlan, Survey, bnb_config, nf4_bytes
 from sloth_plugins.quantization.rounding import BLOCKSIZES, Codes, expand_tensors
-from sloth_plugins.quantization.sensitivity import kl_of, measure, plainly
+from sloth_plugins.quantization.sensitivity import measure
 from sloth_plugins.quantization.stream import Checkpoint, Stream, open_stream
 from sloth_plugins.quantization.texts import read_texts, to_rows
-from sloth_plugins.settings import nearest
+from sloth_plugins.settings import nearest, parse_bytes
 
 REPORT = "sloth_quantization.json"
 _OURS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", REPORT)
 _SHARD_BYTES = 2**30
 _VERSION = 1  # of the rounding: a run of another is not resumed
+# What calibrated rounding leaves of plain NF4's KL, where a search for a KL begins: few bytes first.
+_FIRST_SHARE = 0.12
+_TURNS = 4  # after so many, the search takes what it has
+_HELD_BACK = 8  # every so many rows of calibration text one, for measuring a KL that a run has to reach
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,8 +57,11 @@ Progress = Callable[[str, int, int], None]
 class Options:
     """What a run may choose; ValueError names the option, its value and what is allowed."""
 
-    budget: float = 1.0
-    """Bytes of the checkpoint over those of uniform NF4."""
+    budget: float | str = 1.0
+    """Bytes of the checkpoint over those of uniform NF4, or a size such as "120MB"."""
+    target_kl: float | None = None
+    """In the place of a budget: the KL to the original (nats a token) that the smallest such checkpoint has,
+    on an eighth of the calibration text, which is left out of the calibration."""
     block_sizes: tuple[int, ...] = (64,)
     """Weights with one scale: 64, or also 32 where that is worth its bytes."""
     keep: tuple[str, ...] = ()
@@ -61,9 +80,19 @@ class Options:
     """torch's float32 matmul precision for the layers' own code."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int | float) or not 1 <= self.budget <= 4:
+        if isinstance(self.budget, str):
+            parse_bytes(self.budget, "budget")
+        elif not isinstance(self.budget, int | float) or not 1 <= self.budget <= 4:
             raise ValueError(
-                f"budget={self.budget!r}: allowed is a ratio to the bytes of uniform NF4, from 1.0 to 4"
+                f"budget={self.budget!r}: allowed is a ratio to the bytes of uniform NF4, from 1.0 to 4, "
+                'or a size such as "120MB"'
+            )
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl={self.target_kl!r}: allowed is a positive number of nats a token")
+        if self.target_kl is not None and self.budget != 1:
+            raise ValueError(
+                f"target_kl={self.target_kl!r} with budget={self.budget!r}: allowed is one of them, for the "
+                "other follows from it"
             )
         if not self.block_sizes or any(size not in BLOCKSIZES for size in self.block_sizes):
             allowed = ", ".join(map(str, BLOCKSIZES))
@@ -87,7 +116,10 @@ class Result:
     plan: QuantizationPlan
     notes: tuple[str, ...]
     seconds: float
-    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    """For each held-out file, the figures of "original", "uniform NF4" and "sloth" (see `evaluate`)."""
+    reached_kl: float | None = None
+    """Where a KL was asked for: the one measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON types."""
@@ -95,20 +127,17 @@ class Result:
             "out": str(self.out),
             "ratio": self.plan.ratio,
             "evaluation": self.evaluation,
+            "reached_kl": self.reached_kl,
             "notes": list(self.notes),
             "seconds": self.seconds,
             "plan": self.plan.to_dict(),
         }
 
 
-def make_plan(
-    stream: Stream,
-    rows: Sequence[Tensor],
-    options: Options,
-    codes: Codes,
-    progress: Progress = lambda what, done, of: None,
-) -> QuantizationPlan:
-    """Measure and solve: which linears stay in 16 bits, which get which blocks."""
+def make_survey(
+    stream: Stream, rows: Sequence[Tensor], options: Options, codes: Codes, progress: Progress
+) -> Survey:
+    """The ways to store each linear: their bytes and, where the options leave a choice, what they cost."""
     offers: list[Offer] = []
     others: list[str] = []
     dtypes: dict[str, torch.dtype] = {}
@@ -149,11 +178,16 @@ def make_plan(
             f"{type(stream.model).__name__} has no linear that can be stored in 4 bits"
             + (f": {offers[0].module}: {offers[0].reason}" if offers else "")
         )
-    stored = {f"{offer.module}.weight" for offer in offers}
-    rest_bytes = sum(size for key, size in sizes.items() if key not in stored)
-    uniform = rest_bytes + sum(offer.ways[0][1] for offer in offers)
-    if options.budget > 1 or len(options.block_sizes) > 1:
-        few: list[Tensor] = []
+    own = {f"{offer.module}.weight" for offer in offers}
+    survey = Survey(
+        offers=tuple(offers),
+        others=tuple(others),
+        rest_bytes=sum(size for key, size in sizes.items() if key not in own),
+        rows=0,
+    )
+    _limit(survey, options.budget)  # refused before the measurement
+    few: list[Tensor] = []
+    if options.budget != 1 or options.target_kl is not None or len(options.block_sizes) > 1:
         while len(few) < len(rows) and sum(row.numel() for row in few) < options.measure_tokens:
             few.append(rows[len(few)])
         kls, factors = measure(
@@ -176,20 +210,45 @@ def make_plan(
                     kl=kl,
                     ways=((None, sizes[f"{offer.module}.weight"], 0.0), *ways),
                 )
-    choices = solve(offers, int(uniform * options.budget) - rest_bytes)
-    return QuantizationPlan(
-        budget=options.budget,
-        uniform_bytes=uniform,
-        total_bytes=rest_bytes + sum(choice.bytes for choice in choices),
-        choices=tuple(choices),
-        others=tuple(others),
-    )
+    return dataclasses.replace(survey, offers=tuple(offers), rows=len(few))
+
+
+def _limit(survey: Survey, budget: float | str) -> int:
+    """A budget in bytes."""
+    if not isinstance(budget, str):
+        return int(survey.uniform_bytes * budget)
+    limit = parse_bytes(budget, "budget")
+    if limit < survey.uniform_bytes:
+        raise ValueError(
+            f"budget={budget!r}: allowed are {survey.uniform_bytes} bytes, uniform NF4's, or more"
+        )
+    return limit
+
+
+def make_plan(
+    stream: Stream,
+    survey: Survey,
+    rows: Sequence[Tensor],
+    budget: float | str,
+    codes: Codes,
+    expected_kl: float | None = None,
+) -> QuantizationPlan:
+    """Which linears stay in 16 bits and which get which blocks, for a budget or for an expected KL.
+
+    All choices are then measured together, on the rows that they were measured on one by one.
+    """
+    plan = survey.plan(_limit(survey, budget)) if expected_kl is None else survey.plan_for(expected_kl)
+    if not survey.rows:
+        return plan
+    sizes = {choice.module: choice.blocksize for choice in plan.choices if choice.blocksize}
+    found = evaluate(stream, {"plan": rounded_plainly(stream, codes, sizes)}, {"": rows[: survey.rows]})
+    return dataclasses.replace(plan, measured_kl=found[""]["plan"]["kl"])
 
 
 def plan_quantization(
     model: nn.Module | str | Path,
     calibration: Sequence[str | Sequence[int]],
-    budget: float = 1.1,
+    budget: float | str = 1.1,
     *,
     tokenizer: Any = None,
     keep: Sequence[str] = (),
@@ -197,7 +256,8 @@ def plan_quantization(
     device: str | torch.device | None = None,
     manager: Any = None,
 ) -> QuantizationPlan:
-    """Which linears stay in 16 bits so that the model is at most `budget` times as large as in uniform NF4.
+    """Which linears stay in 16 bits so that the model is at most `budget` times as large as in uniform NF4,
+    or has at most that size, such as "120MB".
 
     model: a directory (read layer by layer), or a causal language model in memory, which stays as it is.
     calibration: texts like those of the use, or rows of token ids; a directory's tokenizer is found there,
@@ -229,7 +289,9 @@ def plan_quantization(
         rows = to_rows(calibration, tokenizer, options.row_tokens, options.samples)
         if not rows:
             raise ValueError("calibration is empty: give texts like those that the model is for")
-        return make_plan(stream, rows, options, Codes(where))
+        codes = Codes(where)
+        survey = make_survey(stream, rows, options, codes, lambda what, done, of: None)
+        return make_plan(stream, survey, rows, budget, codes)
 
 
 def check_model(directory: Path) -> dict[str, Any]:
@@ -262,7 +324,7 @@ def quantize(
     calibration: Path,
     *,
     options: Options | None = None,
-    evaluation: Path | None = None,
+    evaluation: Sequence[Path] = (),
     evaluation_rows: int = 64,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -270,6 +332,8 @@ def quantize(
     progress: Progress = lambda what, done, of: None,
 ) -> Result:
     """Quantize the model directory `model` into `out`, which must not be there.
+
+    evaluation: files of held-out text; evaluation_rows: rows of each, at most.
 
     Raises ValueError for bad input, in one sentence. Whatever ends a run, the next one goes on from
     `OUT.partial`.
@@ -283,15 +347,22 @@ def quantize(
     rows = to_rows(texts, tokenizer, options.row_tokens, options.samples)
     if not rows:
         raise ValueError(f"calibration={str(calibration)!r} holds no text of two tokens or more")
-    held_out: list[Tensor] = []
-    if evaluation is not None:
-        other = read_texts(evaluation, tokenizer, "evaluate")
+    held_out: dict[str, list[Tensor]] = {}
+    for name, path in by_file(evaluation).items():
+        other = read_texts(path, tokenizer, "evaluate")
         if common := set(texts) & set(other):
             raise ValueError(
-                f"evaluate={str(evaluation)!r}: {len(common)} of its {len(other)} are calibration texts "
+                f"evaluate={str(path)!r}: {len(common)} of its {len(other)} are calibration texts "
                 "too: allowed is text that the rounding has not seen"
             )
-        held_out = to_rows(other, tokenizer, options.row_tokens, evaluation_rows)
+        held_out[name] = to_rows(other, tokenizer, options.row_tokens, evaluation_rows)
+        if not held_out[name]:
+            raise ValueError(f"evaluate={str(path)!r} holds no text of two tokens or more")
+    if options.target_kl is not None and len(rows) < _HELD_BACK:
+        raise ValueError(
+            f"calibration={str(calibration)!r} gives {len(rows)} rows: target_kl needs {_HELD_BACK} or more, "
+            "one of which is left out of the calibration"
+        )
     partial = out.with_name(f"{out.name}.partial")
     job = _job(model, config, rows, options)
     if restart and partial.exists():
@@ -320,12 +391,42 @@ def quantize(
         raise
 
 
+def evaluate_checkpoints(
+    model: Path,
+    checkpoints: Mapping[str, Path],
+    texts: Mapping[str, Path],
+    *,
+    row_tokens: int = 512,
+    evaluation_rows: int = 64,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> dict[str, dict[str, Figures]]:
+    """For each file of texts, the figures (see `evaluate`) of "original", which is `model`, of "uniform NF4"
+    and of each 4-bit checkpoint of it, read from its directory. Raises ValueError for bad input.
+    """
+    check_model(model)
+    tokenizer = _tokenizer(model, trust_remote_code)
+    rows = {
+        name: to_rows(read_texts(path, tokenizer, name), tokenizer, row_tokens, evaluation_rows)
+        for name, path in texts.items()
+    }
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with matmul_precision(Options().compute):
+        stream, _ = open_stream(model, where, trust_remote_code)
+        codes, stores = Codes(where), {name: Checkpoint(path) for name, path in checkpoints.items()}
+        survey = make_survey(stream, [], Options(), codes, lambda what, done, of: None)
+        sizes = {offer.module: 64 for offer in survey.offers if not offer.reason}
+        variants = {"uniform NF4": rounded_plainly(stream, codes, sizes)}
+        variants |= {name: stored_in(stream, [store] * len(stream)) for name, store in stores.items()}
+        return evaluate(stream, variants, rows)
+
+
 def _work(
     model: Path,
     out: Path,
     partial: Path,
     rows: list[Tensor],
-    held_out: list[Tensor],
+    held_out: dict[str, list[Tensor]],
     options: Options,
     stream: Stream,
     whole: str | None,
@@ -351,27 +452,98 @@ def _work(
             f"{len(fused)} fused 3-D parameters, such as {min(fused)}, stay in 16 bits: bitsandbytes takes "
             "linears only"
         )
-    if (partial / "plan.json").is_file():
-        plan = QuantizationPlan.load(partial / "plan.json")
-    else:
-        plan = make_plan(stream, rows, options, codes, progress)
-        plan.save(partial / "plan.json.tmp")
-        os.replace(partial / "plan.json.tmp", partial / "plan.json")
+    held_back: list[Tensor] = []
+    if options.target_kl is not None:
+        held_back = rows[_HELD_BACK - 1 :: _HELD_BACK]
+        rows = [row for at, row in enumerate(rows) if at % _HELD_BACK != _HELD_BACK - 1]
+    survey = _kept(
+        partial / "survey.json", Survey, lambda: make_survey(stream, rows, options, codes, progress)
+    )
 
-    stored = _calibrate(stream, plan, partial, rows, options, codes, progress)
-    measured = _evaluate(stream, plan, stored, held_out, codes, progress) if held_out else {}
+    def made(turn: int, expected: float | None) -> _Turn:
+        folder = partial / f"turn-{turn}"
+        folder.mkdir(exist_ok=True)
+        make = functools.partial(make_plan, stream, survey, rows, options.budget, codes, expected)
+        plan = _kept(folder / "plan.json", QuantizationPlan, make)
+        files = _calibrate(stream, plan, folder, rows, options, codes, progress)
+        weights = stored_in(stream, [Checkpoint(file) for file in files])
+        kl = evaluate(stream, {"": weights}, {"": held_back})[""][""]["kl"] if held_back else None
+        return _Turn(plan=plan, files=files, weights=weights, kl=kl)
+
+    turn = made(0, None) if options.target_kl is None else _search(made, options.target_kl)
+    plan = turn.plan
+    sizes = {name: 64 for name in (choice.module for choice in plan.choices if not choice.reason)}
+    measured = (
+        evaluate(
+            stream,
+            {"uniform NF4": rounded_plainly(stream, codes, sizes), "sloth": turn.weights},
+            held_out,
+            progress,
+        )
+        if held_out
+        else {}
+    )
     result = Result(
         out=out,
         plan=plan,
         notes=tuple(notes),
         seconds=time.monotonic() - began,
         evaluation=measured,
+        reached_kl=turn.kl,
     )
-    _assemble(model, partial, stored, result)
+    _assemble(model, partial, turn.files, result)
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    plan: QuantizationPlan
+    files: list[Path]
+    weights: Weights
+    kl: float | None
+
+
+def _search(made: Callable[[int, float | None], _Turn], target: float) -> _Turn:
+    """The turn with the most expected KL whose measured KL is at most `target`; 15 % less is near enough.
+
+    Calibrated rounding leaves a share of what plain NF4 is expected to do: the first turns find which one,
+    and those after a turn on either side of the target interpolate.
+    """
+    passed: tuple[float, _Turn] | None = None
+    failed: tuple[float, float] | None = None
+    expected = target / _FIRST_SHARE
+    for at in itertools.count():
+        turn = made(at, expected)
+        reached = max(turn.kl or 0.0, 1e-9 * target)
+        if reached > target:
+            failed = expected, reached
+        else:
+            passed = expected, turn
+            if reached >= 0.85 * target or turn.plan.total_bytes == turn.plan.uniform_bytes or at >= _TURNS:
+                break
+        aim = 0.95 * target / reached
+        if passed and failed:
+            low = passed[0], max(passed[1].kl or 0.0, 1e-9 * target)
+            slope = math.log(failed[0] / low[0]) / math.log(failed[1] / low[1])
+            expected = low[0] * (0.95 * target / low[1]) ** slope
+            if at >= _TURNS or expected <= 1.03 * low[0]:
+                break
+        else:  # as long as none passes the expected KL shrinks: at 0 all linears are in 16 bits
+            expected *= min(10.0, aim)
+    assert passed is not None
+    return passed[1]
+
+
+def _kept(path: Path, kind: type[Any], make: Callable[[], Any]) -> Any:
+    """What an interrupted run left in `path`, or what is made now and left there."""
+    if not path.is_file():
+        made = make()
+        made.save(path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    return kind.load(path)
 
 
 def _job(model: Path, config: dict[str, Any], rows: Sequence[Tensor], options: Options) -> dict[str, Any]:
@@ -395,7 +567,7 @@ def _job(model: Path, config: dict[str, Any], rows: Sequence[Tensor], options: O
 def _calibrate(
     stream: Stream,
     plan: QuantizationPlan,
-    partial: Path,
+    folder: Path,
     rows: Sequence[Tensor],
     options: Options,
     codes: Codes,
@@ -404,7 +576,7 @@ def _calibrate(
     """The file of each layer's 4-bit tensors, written where it is not there yet."""
     from safetensors.torch import load_file, save_file
 
-    files = [partial / f"layer-{index:05d}.tensors" for index in range(len(stream))]
+    files = [folder / f"layer-{index:05d}.tensors" for index in range(len(stream))]
     original = stream.start(rows)
     hidden = list(original)
     for index, file in enumerate(files):
@@ -420,7 +592,7 @@ def _calibrate(
                 stream,
                 index,
                 sizes,
-                {name: _dtype(stream, index, name) for name in sizes},
+                {name: stream.dtype(index, name) for name in sizes},
                 original,
                 hidden,
                 codes,
@@ -444,63 +616,6 @@ def _blocksizes(stream: Stream, plan: QuantizationPlan, index: int) -> dict[str,
         choice.module.removeprefix(start): choice.blocksize
         for choice in plan.choices
         if choice.blocksize is not None and choice.module.startswith(start)
-    }
-
-
-def _dtype(stream: Stream, index: int, name: str) -> torch.dtype:
-    if stream.checkpoint is None:
-        return torch.bfloat16
-    return stream.checkpoint.dtypes[stream.name(index, f"{name}.weight")]
-
-
-def _evaluate(
-    stream: Stream,
-    plan: QuantizationPlan,
-    files: Sequence[Path],
-    rows: Sequence[Tensor],
-    codes: Codes,
-    progress: Progress,
-) -> dict[str, dict[str, float]]:
-    """KL to the original, perplexity and top-1 agreement of the original, uniform NF4 and the result."""
-    from safetensors.torch import load_file
-
-    start = stream.start(rows)
-    states = {"original": start, "uniform NF4": list(start), "sloth": list(start)}
-    for index, file in enumerate(files):
-        progress("evaluating", index, len(files))
-        tensors, chosen = load_file(file), _blocksizes(stream, plan, index)
-        forced = {choice.module for choice in plan.choices if choice.reason}
-        for kind in states:
-            layer = stream.load(index)
-            for name, module in linears(layer).items():
-                if kind == "sloth" and name in chosen:
-                    weight = expand_tensors(tensors, stream.name(index, f"{name}.weight"))
-                elif kind == "uniform NF4" and stream.name(index, name) not in forced:
-                    weight = plainly(module.weight.data, _dtype(stream, index, name), 64, codes)
-                else:
-                    continue
-                put(layer, name, weight, stream.device)
-            states[kind] = [stream.run(index, layer, x, row) for row, x in enumerate(states[kind])]
-    sums = {kind: [0.0, 0.0, 0.0] for kind in states}
-    tokens = predicted = 0
-    for row, ids in enumerate(rows):
-        truth = stream.logits(states["original"][row], row)
-        following = ids[0, 1:, None].to(truth.device)
-        tokens, predicted = tokens + ids.numel(), predicted + following.numel()
-        for kind, hidden in states.items():
-            logits = stream.logits(hidden[row], row)
-            sums[kind][0] += kl_of(truth, logits).sum().item()
-            sums[kind][1] -= logits.log_softmax(-1)[:-1].gather(1, following).sum().item()
-            sums[kind][2] += (logits.argmax(-1) == truth.argmax(-1)).sum().item()
-    progress("evaluating", len(files), len(files))
-    return {
-        kind: {
-            "kl": kl / tokens,
-            "perplexity": float(torch.tensor(loss / predicted).exp()),
-            "top1": same / tokens,
-            "tokens": tokens,
-        }
-        for kind, (kl, loss, same) in sums.items()
     }
 
 
@@ -567,8 +682,10 @@ def _assemble(model: Path, partial: Path, layers: Sequence[Path], result: Result
     values = result.to_dict()
     del values["out"], values["seconds"]  # the same files from one run and from a resumed one
     _write_json(partial / REPORT, values)
-    for path in (*layers, partial / "job.json", partial / "plan.json"):
+    for path in (partial / "job.json", partial / "survey.json"):
         path.unlink(missing_ok=True)
+    for path in partial.glob("turn-*"):
+        shutil.rmtree(path)
     for path in partial.glob("*.tmp"):
         path.unlink()
 

@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, read tensor by tensor."""
+    """The safetensors files of a model directory, or one such file, read tensor by tensor."""
 
     def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
 
+        files: dict[str, str]
         index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if directory.is_file():
+            with safe_open(directory, "pt") as file:
+                directory, files = directory.parent, dict.fromkeys(file.keys(), directory.name)
+        elif index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
         elif (directory / "model.safetensors").is_file():
             with safe_open(directory / "model.safetensors", "pt") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
@@ -83,6 +87,12 @@ class Stream:
     def name(self, index: int, inner: str) -> str:
         """The full dotted name of a module of a layer."""
         return f"{self.prefix}.{index}.{inner}"
+
+    def dtype(self, index: int, linear: str) -> torch.dtype:
+        """What a layer's linear is stored in; bfloat16 for a model in memory, which may be a float32 copy."""
+        if self.checkpoint is None:
+            return torch.bfloat16
+        return self.checkpoint.dtypes[self.name(index, f"{linear}.weight")]
 
     def start(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Take rows of token ids (1, tokens); the hidden states that enter the first layer, for each."""

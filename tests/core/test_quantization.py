@@ -16,7 +16,7 @@ from helpers import make_plugin, manager_with, tiny_model
 import sloth_plugins as sloth
 from sloth_plugins.quantization import Choice, Options, QuantizationPlan
 from sloth_plugins.quantization import rounding as r
-from sloth_plugins.quantization.plan import Offer, nf4_bytes, solve
+from sloth_plugins.quantization.plan import Offer, Survey, nf4_bytes, solve
 
 CODES = r.Codes(torch.device("cpu"))
 
@@ -154,6 +154,28 @@ def test_the_knapsack_is_solved() -> None:
         solve(offers, least - 1)
 
 
+def test_a_survey_gives_plans_for_bytes_and_for_a_kl(tmp_path: Path) -> None:
+    generator = random.Random(1)
+    offers = tuple(
+        Offer(module=f"m{i}", kl=kl, ways=((None, 4 * size, 0.0), (64, size, kl), (32, size + 9, kl / 2)))
+        for i, (kl, size) in enumerate((generator.random(), generator.randint(50, 200)) for _ in range(8))
+    )
+    fixed = Offer(module="f", kl=None, ways=((None, 77, 0.0),), reason="keep names it")
+    survey = Survey(offers=(*offers, fixed), others=("lm_head",), rest_bytes=1000, rows=3)
+    survey.save(tmp_path / "survey.json")
+    assert Survey.load(tmp_path / "survey.json") == survey
+    least = survey.plan(survey.uniform_bytes)
+    assert survey.uniform_bytes == 1077 + sum(offer.ways[1][1] for offer in offers)
+    assert least.ratio == least.budget == 1.0 and least.expected_kl == sum(offer.kl or 0 for offer in offers)
+    for share in (0.9, 0.5, 0.1):
+        kl = share * least.expected_kl
+        found = survey.plan_for(kl)
+        assert found.expected_kl is not None and found.expected_kl <= kl
+        smaller = survey.plan(found.total_bytes - 2)  # the search ends at a ten-thousandth of the bytes
+        assert smaller.expected_kl is not None and smaller.expected_kl > kl
+    assert survey.plan_for(1e-9).skip_modules == [*(offer.module for offer in offers), "f", "lm_head"]
+
+
 def plan(**changes: object) -> QuantizationPlan:
     values: dict[str, object] = dict(
         budget=1.1,
@@ -200,7 +222,12 @@ def test_a_model_in_memory_is_planned_and_stays_as_it_is() -> None:
     kept = [choice.module for choice in found.choices if choice.bits == 16]
     assert kept and found.skip_modules == [*kept, "lm_head"]
     assert found.to_bnb_config().llm_int8_skip_modules == found.skip_modules
+    assert found.expected_kl and found.measured_kl and 0.2 < found.measured_kl / found.expected_kl < 5
     assert sloth.plan_quantization(model, rows, 1.0).ratio == 1.0
+    limit = int(1.2 * found.uniform_bytes)
+    assert 0.95 * limit < sloth.plan_quantization(model, rows, f"{limit} B").total_bytes <= limit
+    with pytest.raises(ValueError, match=rf"budget='1 KB': allowed are {found.uniform_bytes} bytes"):
+        sloth.plan_quantization(model, rows, "1 KB")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -220,6 +247,9 @@ def test_a_plugins_plan_comes_first() -> None:
         ({"budget": float("nan")}, "budget=nan: allowed"),
         ({"block_sizes": (16,)}, r"block_sizes=\(16,\): allowed are 64, 32"),
         ({"block_sizes": (32,)}, "lists with 64"),
+        ({"budget": "12 stones"}, "budget='12 stones': allowed are bytes"),
+        ({"target_kl": 0}, "target_kl=0: allowed is a positive number"),
+        ({"target_kl": 0.1, "budget": 1.1}, "target_kl=0.1 with budget=1.1: allowed is one of them"),
         ({"samples": 0}, "samples=0"),
         ({"row_tokens": 1}, "row_tokens=1"),
         ({"drift_share": 2.0}, "drift_share=2.0"),

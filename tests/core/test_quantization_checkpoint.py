@@ -8,6 +8,7 @@ import pydoc_data.topics
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
+import sloth_plugins as sloth
 from sloth_plugins import cli
 from sloth_plugins.quantization import Options, QuantizationPlan, quantize, run
 from sloth_plugins.quantization.stream import open_stream
@@ -78,7 +80,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_plain_transformers_loads_it_with_our_values(place: Path, tmp_path: Path) -> None:
-    result = quantized(place, tmp_path / "out", budget=1.2, evaluation=place / "held_out.jsonl")
+    result = quantized(place, tmp_path / "out", budget=1.2, evaluation=[place / "held_out.jsonl"])
     assert not (tmp_path / "out.partial").exists()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "sloth" not in json.dumps(config)
@@ -95,7 +97,7 @@ def test_plain_transformers_loads_it_with_our_values(place: Path, tmp_path: Path
     ids = torch.tensor([[1, 10, 20, 30, 40]])
     with torch.no_grad():  # bitsandbytes' own matmul on a CPU rounds in another order
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=0.05, atol=0.02)
-    measured = result.evaluation
+    measured = result.evaluation["held_out.jsonl"]
     assert measured["original"]["kl"] == 0 and measured["original"]["top1"] == 1
     assert measured["sloth"]["kl"] < 0.3 * measured["uniform NF4"]["kl"]
 
@@ -120,7 +122,7 @@ RESUMABLE: dict[str, Any] = dict(budget=1.15, block_sizes=(64, 32), drift_share=
 
 @pytest.fixture(scope="module")
 def uninterrupted(place: Path) -> Path:
-    quantized(place, place / "whole", **RESUMABLE, evaluation=place / "held_out.jsonl")
+    quantized(place, place / "whole", **RESUMABLE, evaluation=[place / "held_out.jsonl"])
     return place / "whole"
 
 
@@ -128,7 +130,7 @@ def uninterrupted(place: Path) -> Path:
 def test_interrupted_and_resumed_is_the_same(
     place: Path, uninterrupted: Path, tmp_path: Path, where: tuple[str, int]
 ) -> None:
-    options = {**RESUMABLE, "evaluation": place / "held_out.jsonl"}
+    options = {**RESUMABLE, "evaluation": [place / "held_out.jsonl"]}
 
     def interrupt(what: str, done: int, of: int) -> None:
         if (what, done) == where:
@@ -137,10 +139,131 @@ def test_interrupted_and_resumed_is_the_same(
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         quantized(place, out, progress=interrupt, **options)
-    finished = sorted(path.name for path in (tmp_path / "out.partial").glob("layer-*"))
+    finished = sorted(path.name for path in (tmp_path / "out.partial").glob("turn-0/layer-*"))
     assert not out.exists() and len(finished) == {"calibrating": 2, "evaluating": 3}.get(where[0], 0)
     quantized(place, out, **options)
     assert contents(out) == contents(uninterrupted)
+
+
+def test_the_smallest_checkpoint_with_a_kl(place: Path, tmp_path: Path) -> None:
+    """Found in turns, each of which an interrupted run goes on from; rows held back are not calibrated on."""
+    evaluation = [place / "held_out.jsonl"]
+    least = quantized(place, tmp_path / "least", sweeps=0, evaluation=evaluation)
+    target = least.evaluation["held_out.jsonl"]["sloth"]["kl"] / 4
+    options = dict(target_kl=target, sweeps=0, evaluation=evaluation)
+    turns: list[int] = []
+
+    def count(what: str, done: int, of: int) -> None:
+        turns.append(done) if (what, done) == ("calibrating", 0) else None
+
+    whole = quantized(place, tmp_path / "whole", progress=count, **options)
+    assert whole.reached_kl is not None and 0.5 * target < whole.reached_kl <= target and len(turns) > 1
+    assert 1.0 < whole.plan.ratio < 2 and any(choice.bits == 4 for choice in whole.plan.choices)
+    assert whole.evaluation["held_out.jsonl"]["sloth"]["kl"] < 4 * target  # the held-back row is another
+    turns.clear()
+
+    def interrupt(what: str, done: int, of: int) -> None:
+        count(what, done, of)
+        if len(turns) == 2 and (what, done) == ("calibrating", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(place, tmp_path / "out", progress=interrupt, **options)
+    assert (tmp_path / "out.partial/turn-1/plan.json").is_file()
+    quantized(place, tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "curve", [lambda e: 0.02 * e, lambda e: 0.9 * e, lambda e: e**2, lambda e: 5 * e**0.5]
+)
+@pytest.mark.parametrize("target", [1e-3, 0.05, 0.4])
+def test_the_search_ends_with_at_most_the_target(curve: Callable[[float], float], target: float) -> None:
+    """Whatever calibrated rounding leaves of what is expected, up to an expected KL of 3."""
+    asked: list[float] = []
+
+    def made(at: int, expected: float | None) -> Any:
+        assert at == len(asked) < 40 and expected is not None
+        asked.append(expected)
+        size = 1.0 if expected >= 3 else 2.0
+        return SimpleNamespace(
+            kl=curve(min(expected, 3)), plan=SimpleNamespace(total_bytes=size, uniform_bytes=1.0)
+        )
+
+    found = run._search(made, target)
+    assert found.kl <= target
+    best = next((e / 1000 for e in range(3000, 0, -1) if curve(e / 1000) <= target), 0.0)
+    assert found.kl >= 0.6 * min(target, curve(best)) and len(asked) < 30
+
+
+def test_checkpoints_are_evaluated_as_they_are_stored(place: Path, tmp_path: Path) -> None:
+    held_out, other = place / "held_out.jsonl", tmp_path / "other.txt"
+    other.write_text("\n\n".join(texts(4, 3)))
+    made = quantized(place, tmp_path / "out", budget=1.2, evaluation=[held_out, other])
+    assert set(made.evaluation) == {"held_out.jsonl", "other.txt"}
+    found = run.evaluate_checkpoints(
+        place / "model", {"sloth": tmp_path / "out"}, {"a": held_out, "b": other}, device="cpu"
+    )
+    assert list(found.values()) == list(made.evaluation.values())
+    with pytest.raises(ValueError, match=r"'.*model' has no model.safetensors|is quantized already"):
+        run.evaluate_checkpoints(tmp_path / "out", {}, {"a": held_out}, device="cpu")
+
+
+@pytest.mark.parametrize("stored", ["checkpoint", "plan"])
+@pytest.mark.parametrize("trainer", ["hf", "lightning"])
+def test_trainers_fuse_what_it_wrote(place: Path, tmp_path: Path, stored: str, trainer: str) -> None:
+    """A calibrated checkpoint, and a model that is quantized by a plan while it is loaded."""
+    peft = pytest.importorskip("peft")
+    if stored == "checkpoint":
+        result = quantized(place, tmp_path / "out", budget=1.2)
+        plan, model = result.plan, load(tmp_path / "out")
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
+        plan = sloth.plan_quantization(place / "model", texts(10, 1), 1.2, tokenizer=tokenizer, device="cpu")
+        model = load(place / "model", quantization_config=plan.to_bnb_config("float32"), dtype=torch.float32)
+    assert set(dequantized(model)) == {choice.module for choice in plan.choices if choice.bits == 4}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (8, 12))]
+    if trainer == "hf":
+        from sloth_hf_trainer import SlothCallback
+
+        callback = SlothCallback(show_report=False)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to=[], save_strategy="no"
+        )
+        transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+        report = callback.acceleration.report
+    else:
+        lightning = pytest.importorskip("lightning", reason="needs lightning")
+        import sloth_lightning
+
+        class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.lm = model
+
+            def training_step(self, batch: Any, index: int) -> Any:
+                return self.lm(**batch).loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)
+
+        strategy = sloth_lightning.SlothStrategy(show_report=False)
+        lightning.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        ).fit(Module(), torch.utils.data.DataLoader(rows, batch_size=2))
+        (acceleration,) = strategy.accelerations
+        report = acceleration.report
+    done = Counter(patch.op for patch in report.patched)
+    assert done["lora_linear"] >= 3 and done["lora_linear"] + done["lora_mlp"] >= 6
 
 
 def test_another_run_does_not_go_on_from_its_files(place: Path, tmp_path: Path) -> None:
@@ -183,8 +306,11 @@ def test_sizes_that_blocks_do_not_divide_stay(tmp_path: Path, place: Path) -> No
 )
 def test_families(tmp_path: Path, place: Path, family: str, changes: dict[str, Any]) -> None:
     model = save(tmp_path / "model", family, **changes)
-    result = quantized(place, tmp_path / "out", model=model, evaluation=place / "held_out.jsonl")
-    assert result.evaluation["sloth"]["kl"] < 0.6 * result.evaluation["uniform NF4"]["kl"]
+    result = quantized(place, tmp_path / "out", model=model, evaluation=[place / "held_out.jsonl"])
+    assert (
+        result.evaluation["held_out.jsonl"]["sloth"]["kl"]
+        < 0.6 * result.evaluation["held_out.jsonl"]["uniform NF4"]["kl"]
+    )
     loaded = load(tmp_path / "out")
     assert set(dequantized(loaded)) == {choice.module for choice in result.plan.choices if choice.bits == 4}
     with torch.no_grad():
@@ -257,6 +383,10 @@ def _occupied(place: Path, scratch: Path) -> dict[str, Any]:
     return {"--out": scratch / "full"}
 
 
+def _few_rows(place: Path, scratch: Path) -> dict[str, Any]:
+    return {**_written('"some text"\n"more text"\n')(place, scratch), "--target-kl": 0.1}
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "budget": ({"--budget": 0.9}, "budget=0.9: allowed is a ratio"),
     "no folder": ({"model": "/not/there"}, "'/not/there' does not exist"),
@@ -272,6 +402,9 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda place, scratch: {"--evaluate": place / "calibration.jsonl"},
         "10 of its 10 are calibration texts too",
     ),
+    "size": ({"--budget": "1KB"}, r"budget='1KB': allowed are \d+ bytes, uniform NF4's, or more"),
+    "both": ({"--budget": 1.1, "--target-kl": 0.1}, "target_kl=0.1 with budget=1.1: allowed is one of them"),
+    "few rows": (_few_rows, "gives 2 rows: target_kl needs 8 or more"),
     "block size": ({"--block-sizes": 48}, r"block_sizes=\(48,\): allowed are 64, 32"),
 }
 
@@ -333,7 +466,7 @@ def test_the_command_prints_tables_and_json_and_draws(
     assert (
         code == 0
         and values["ratio"] <= 1.1
-        and set(values["evaluation"])
+        and set(values["evaluation"]["held_out.jsonl"])
         == {
             "original",
             "uniform NF4",
@@ -359,5 +492,8 @@ def test_real_weights_and_text_of_another_kind(tmp_path: Path) -> None:
     topics = [pydoc_data.topics.topics[name][:800] for name in sorted(pydoc_data.topics.topics)]
     for name, some in (("calibration", topics[:16]), ("held_out", topics[40:44])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in some))
-    result = quantized(tmp_path, tmp_path / "out", evaluation=tmp_path / "held_out.jsonl", sweeps=1)
-    assert result.evaluation["sloth"]["kl"] < 0.6 * result.evaluation["uniform NF4"]["kl"]
+    result = quantized(tmp_path, tmp_path / "out", evaluation=[tmp_path / "held_out.jsonl"], sweeps=1)
+    assert (
+        result.evaluation["held_out.jsonl"]["sloth"]["kl"]
+        < 0.6 * result.evaluation["held_out.jsonl"]["uniform NF4"]["kl"]
+    )

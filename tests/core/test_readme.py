@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -22,7 +23,7 @@ def tables() -> ModuleType:
     """benchmarks/make_tables.py, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "benchmarks" / "make_tables.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 
@@ -59,7 +60,13 @@ def section(text: str, name: str) -> str:
     return text.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
 
 
-# The kernel table
+def outside(text: str) -> str:
+    """All but the sections that are generated."""
+    name = "(kernel|head|quantization)-table"
+    return re.sub(rf"<!-- {name}:begin -->.*?<!-- \1-table:end -->", "", text, flags=re.DOTALL)
+
+
+# The generated tables
 
 
 def test_the_kernel_table_is_up_to_date(tables: ModuleType) -> None:
@@ -83,9 +90,7 @@ def test_a_stale_table_is_found_and_made_anew(
     assert readme.read_text(encoding="utf-8") == README  # --check writes nothing
     assert tables.main(options) == 0 and tables.main([*options, "--check"]) == 0
     written = readme.read_text(encoding="utf-8")
-    assert written.split(tables.BEGIN)[0] == README.split(tables.BEGIN)[0]
-    after = [text.split(tables.END)[1].split(tables.HEAD_BEGIN)[0] for text in (written, README)]
-    assert after[0] == after[1]
+    assert outside(written) == outside(README)
     lines = section(written, "kernel-table").split("\n")
     assert "| rms_norm_4096_frozen | forward | 40.0 | 91 % | 50.0 | 1.25 |" in lines
     assert "| rms_norm_4096_frozen | backward | 40.0 | 91 % | - | - |" in lines
@@ -97,7 +102,7 @@ def test_the_newest_file_of_each_gpu_counts(tables: ModuleType, tmp_path: Path) 
     save(tmp_path / "a-2026-02-01.jsonl", row(p50_us=22.0))
     save(tmp_path / "b-2025-12-31.jsonl", row(gpu="GPU B", p50_us=33.0))
     save(tmp_path / "2026-03-01-steps.jsonl", {"step_time_ms": 1})  # another measurement
-    made = tables.section(tmp_path)
+    made = tables.KINDS[0].section(tmp_path)
     assert "| 22.0 |" in made and "| 33.0 |" in made and "| 11.0 |" not in made
     assert made.index("GPU A") < made.index("GPU B")
 
@@ -112,8 +117,7 @@ def test_the_head_has_a_table_of_its_own(tables: ModuleType, tmp_path: Path) -> 
         {**common, "impl": "matmuls", "max_rel_error": None, "of_matmuls": 1.0},
     )
     save(tmp_path / "2026-02-01-a.jsonl", row())
-    text = "<!-- kernel-table:begin --><!-- kernel-table:end --> and"
-    text += "<!-- head-table:begin -->old<!-- head-table:end --> after"
+    text = " and ".join(f"{begin}old{end}" for begin, end in (kind.markers for kind in tables.KINDS))
     (readme := tmp_path / "README.md").write_text(text, encoding="utf-8")
     assert tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
     written = readme.read_text(encoding="utf-8")
@@ -122,8 +126,32 @@ def test_the_head_has_a_table_of_its_own(tables: ModuleType, tmp_path: Path) -> 
     assert "rms_norm_4096_frozen" in section(written, "kernel-table") and "old" not in written
 
 
+def test_a_model_has_a_table_of_its_checkpoints(tables: ModuleType, tmp_path: Path) -> None:
+    common = dict.fromkeys(tables.QUANTIZATION_KEYS, "x") | {"measurement": "quantization", "tokens": 1234}
+    figures = {"uniform NF4": (100e6, 0.25, 8.4321, 0.771), "1.00": (100e6, 0.05, 6.5, 0.905)}
+    save(
+        tmp_path / "2026-02-01-quantization.jsonl",
+        *(
+            {
+                **common,
+                "text": text,
+                "checkpoint": name,
+                "bytes": size,
+                "kl": kl,
+                "perplexity": p,
+                "top1": top1,
+            }
+            for text in ("maths", "prose")
+            for name, (size, kl, p, top1) in figures.items()
+        ),
+    )
+    made = tables.KINDS[2].section(tmp_path)
+    assert "1,234 of maths, 1,234 of prose" in made
+    assert "| 1.00 | 100.0 |" + " 0.0500 | 0.20 | 6.500 | 90.5 % |" * 2 in made
+
+
 def test_no_results_is_said(tables: ModuleType, tmp_path: Path) -> None:
-    assert tables.section(tmp_path) == tables.NOTHING
+    assert all(kind.section(tmp_path) == tables.NOTHING for kind in tables.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +161,7 @@ def test_no_results_is_said(tables: ModuleType, tmp_path: Path) -> None:
         ("[]", "no JSON object"),
         (json.dumps({k: v for k, v in row().items() if k != "p50_us"}), "lacks p50_us"),
         (json.dumps(row(impl="other")), "impl='other'"),
-        (json.dumps(row(gpu="GPU B")), "two GPU kinds"),
+        (json.dumps(row(gpu="GPU B")), "two gpus in one file"),
     ],
 )
 def test_a_bad_result_names_its_line(
@@ -155,11 +183,14 @@ def test_a_readme_without_markers_is_refused(text: str, tables: ModuleType, tmp_
 
 def test_the_benchmark_writes_what_is_read(tables: ModuleType) -> None:
     """Every key stands in the benchmark that writes it, and in the table of benchmarks/README.md."""
-    program = (ROOT / "benchmarks" / "kernels.py").read_text(encoding="utf-8")
     described = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    heads = program + (ROOT / "benchmarks" / "head.py").read_text(encoding="utf-8")
-    for keys, text in ((tables.KEYS, program), (tables.HEAD_KEYS, heads)):
-        for key in keys:
+    programs = {"kernel": ["kernels"], "head": ["kernels", "head"], "quantization": ["quantization"]}
+    for kind in tables.KINDS:
+        files = [ROOT / "benchmarks" / f"{name}.py" for name in programs[kind.name]]
+        if kind.name == "quantization":
+            files.append(ROOT / "sloth_plugins" / "quantization" / "evaluate.py")
+        text = "".join(file.read_text(encoding="utf-8") for file in files)
+        for key in kind.keys:
             assert f'"{key}"' in text, key
             assert f"`{key}`" in described, key
 
