@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
 from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
+    TILES,
     CheckpointPlan,
     fixed_bytes,
     gib,
@@ -114,14 +115,15 @@ class Running:
             )
         self._notice()
         self._wanted = []
+        tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
-            mlp = _mlp_of(layer, chosen.facts) if option == "recompute_mlp" else None
+            mlp = mlp_of(layer, chosen.facts) if tile or option == "recompute_mlp" else None
             if option == "recompute_mlp" and mlp is None:
                 option = "recompute"
             drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
             inner = None if mlp is None else weakref.ref(mlp)
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, drains)
-            on = option != "keep" or function.drains
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains)
+            on = option != "keep" or drains or (tile is not None and mlp is not None)
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
 
@@ -176,9 +178,11 @@ class _Ours:
         offload: _Offload,
         layer: weakref.ref[Any],
         mlp: weakref.ref[nn.Module] | None,
+        tile: int | None = None,
         drains: bool = False,
     ) -> None:
-        self.option, self.offload, self.layer, self.mlp, self.drains = option, offload, layer, mlp, drains
+        self.option, self.offload, self.layer, self.mlp = option, offload, layer, mlp
+        self.tile, self.drains = tile, drains
 
     def __reduce__(self) -> Any:
         # A copy of the model, or one from a file, has other layers: they recompute as transformers would.
@@ -188,28 +192,30 @@ class _Ours:
         if self.drains:
             self.offload.drain()
         option, layer = self.option, self.layer()
-        if option == "keep" or layer is None:
+        if layer is None or not torch.is_grad_enabled():
             return function(*args)
+        mlp = self.mlp() if self.mlp is not None else None
+        run = function if mlp is None else functools.partial(_with_mlp_again, mlp, self.tile, function)
+        if option in ("keep", "recompute_mlp"):
+            return run(*args)
         if option == "recompute":
-            return checkpoint(function, *args, use_reentrant=False)
-        if option == "recompute_mlp":
-            mlp = self.mlp() if self.mlp is not None else None
-            assert mlp is not None
-            with _recomputing(mlp):
-                return function(*args)
+            return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
             if option == "offload":
-                return function(*args)
-            return checkpoint(function, *args, use_reentrant=False)
+                return run(*args)
+            return checkpoint(run, *args, use_reentrant=False)
 
 
-@contextmanager
-def _recomputing(mlp: nn.Module) -> Iterator[None]:
-    """While the layer runs, its MLP's forward is checkpointed; afterwards it is what it was."""
+def _with_mlp_again(mlp: nn.Module, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
+    """A layer's forward with an MLP that is checkpointed, in tiles of so many tokens if `tile` is given.
+
+    The MLP's forward is what it was afterwards.
+    """
     inner, before = mlp.forward, mlp.__dict__.get("forward", _ABSENT)
-    mlp.__dict__["forward"] = functools.partial(checkpoint, inner, use_reentrant=False)
+    again = functools.partial(checkpoint, inner, use_reentrant=False)
+    mlp.__dict__["forward"] = again if tile is None else functools.partial(_in_tiles, again, tile)
     try:
-        yield
+        return function(*args)
     finally:
         if before is _ABSENT:
             del mlp.__dict__["forward"]
@@ -217,7 +223,16 @@ def _recomputing(mlp: nn.Module) -> Iterator[None]:
             mlp.__dict__["forward"] = before
 
 
-def _mlp_of(layer: nn.Module, facts: ModelFacts) -> nn.Module | None:
+def _in_tiles(forward: Callable[..., Any], tile: int, x: torch.Tensor, *others: Any, **named: Any) -> Any:
+    """`forward` of x (..., H), `tile` tokens after another; at once where it has other arguments."""
+    tokens = x.numel() // x.shape[-1]
+    if others or named or tokens <= tile:
+        return forward(x, *others, **named)
+    parts = torch.split(x.reshape(1, tokens, x.shape[-1]), -(-tokens // -(-tokens // tile)), 1)
+    return torch.cat([forward(part) for part in parts], 1).view(x.shape)
+
+
+def mlp_of(layer: nn.Module, facts: ModelFacts) -> nn.Module | None:
     """The layer's child that widens to the MLP's size and comes back from it."""
     for child in layer.children():
         shapes = {
@@ -445,6 +460,8 @@ class Automatic:
         fused = bool(self.ops & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
         self.facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in self.ops)
         self.running = Running(model)
+        mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
+        self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
         if len(self.running.layers) != self.facts.layers:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
@@ -498,11 +515,12 @@ class Automatic:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
         try:
-            chosen = plan(facts, shape, self.budget, rates)
+            chosen = plan(facts, shape, self.budget, rates, tiles=self.tiles)
         except BadInputError as error:
             if self.strict:
                 raise
-            chosen = plan(facts, shape, smallest_budget_bytes(facts, shape, rates), rates)
+            least = smallest_budget_bytes(facts, shape, rates, tiles=self.tiles)
+            chosen = plan(facts, shape, least, rates, tiles=self.tiles)
             warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
             self.record["note"] = str(error)
         self.plan = chosen

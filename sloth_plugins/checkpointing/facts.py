@@ -307,18 +307,28 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
-    def workspace_bytes(self, shape: Shape) -> int:
-        """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way."""
+    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1) -> int:
+        """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
+
+        mlp_tiles: parts of the tokens, one of which is in the MLP at a time; beyond 1 with what it saves, and
+        with the parts of its input's gradient beside the whole.
+        """
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = (-(-self.rank // 16) * 16) if self.rank else 0
-        gradients = t * (3 * i + ROW + 2 * h) * e
+        inside, outside = 3 * i + ROW, 2 * h
+        wide = e if self.fused or not self.four_bit else max(e, self.stream_bytes)
+        if mlp_tiles == 1:
+            gradients = t * (inside + outside) * wide
+        else:
+            tile = -(-t // mlp_tiles)
+            gradients = tile * inside * wide + t * (outside + h) * wide
+            gradients += -(-self.mlp_bytes(shape) // mlp_tiles)
         if not self.four_bit:
             expanded = 0
         elif self.fused:
             expanded = (2 * i + 2 * columns) * (h + ROW) * e + (h + columns) * (i + ROW) * e
         else:
             expanded = h * i * e
-            gradients = t * (3 * i + 2 * h) * max(e, self.stream_bytes)
         return expanded + gradients
 
     def head_bytes(self, shape: Shape) -> int:

@@ -8,6 +8,9 @@ A layer takes one of OPTIONS, which say of each tensor class whether it is kept,
     recompute_offload  the input lies in host memory, all else is made again
     offload            all lies in host memory
 
+Beside that the tokens may go through every layer's MLP in tiles, each of which is made again in the backward:
+all of gate and up is then never there, which counts for long rows and small budgets.
+
 Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
 that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
 on: each needs less memory and no less time, so the fewest that fit are found by bisection.) Where: the last
@@ -45,6 +48,9 @@ ATTENTION_BACKWARD = 3.4
 # Of what comes on top of weights and optimizer, for what the allocator can't use: 2 to 5 % were measured.
 MARGIN = 0.03
 IN_FLIGHT = 2
+# Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
+TILES = (1, 2, 4, 8, 16, 32, 64)
+LEAST_TILE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +72,11 @@ class Costs:
     backward_s: float
     rest_s: float
     options: dict[str, Option]
+    tiled_s: float
+    """What a layer's MLP in tiles costs on top, under every option; 0 without tiles."""
 
 
-def costs(facts: ModelFacts, shape: Shape, rates: Rates) -> Costs:
+def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> Costs:
     """The costs of one layer and of the rest of the step."""
     t, h = shape.tokens, facts.hidden
     matmul, memory = rates.matmul_tflops * 1e12, rates.memory_tb_s * 1e12
@@ -87,6 +95,11 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates) -> Costs:
     backward += expansion(facts.layer_weights)
     of_mlp = 3 * h * facts.intermediate
     mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
+    # Each tile expands the weights anew: forward, again in the backward, and for the gradients.
+    more = (mlp_tiles - 1) * expansion(of_mlp)
+    tiled = mlp_again + 3 * more if mlp_tiles > 1 else 0.0
+    if mlp_tiles > 1:
+        full, forward = full - mlp, forward + more
     head = (4 if facts.rank else 6) * t * facts.vocab * h / matmul
     if not facts.fused_head:
         head += t * facts.vocab * 3 * 12 / memory
@@ -102,7 +115,9 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates) -> Costs:
         name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=again)
         for name, kept, passing, host, again in rows
     }
-    return Costs(forward_s=forward, backward_s=backward, rest_s=head + optimizer, options=options)
+    return Costs(
+        forward_s=forward, backward_s=backward, rest_s=head + optimizer, options=options, tiled_s=tiled
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -124,6 +139,8 @@ class CheckpointPlan:
     step_s: float
     recompute_s: float
     stall_s: float
+    mlp_tiles: int = 1
+    """Parts of the tokens that go through each MLP one after another."""
 
     def __repr__(self) -> str:
         return f"<CheckpointPlan: {self}>"
@@ -131,16 +148,18 @@ class CheckpointPlan:
     def __str__(self) -> str:
         counts = {name: self.layers.count(name) for name in OPTIONS}
         named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
+        tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else ""
         return (
-            f"{named} of {len(self.layers)} layers at {self.shape.batch} x {self.shape.seq} tokens: "
+            f"{named} of {len(self.layers)} layers{tiles} at {self.shape.batch} x {self.shape.seq} tokens: "
             f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
         )
 
     def classes(self, layer: int) -> dict[str, str]:
         """keep, recompute or offload for each tensor class of a layer."""
         option = self.layers[layer]
+        again = dict.fromkeys(MLP_CLASSES, "recompute") if self.mlp_tiles > 1 else {}
         if option in ("keep", "offload"):
-            return dict.fromkeys(CLASSES, option)
+            return dict.fromkeys(CLASSES, option) | again
         if option == "recompute_mlp":
             return {name: "recompute" if name in MLP_CLASSES else "keep" for name in CLASSES}
         return dict.fromkeys(CLASSES, "recompute") | {"input": "offload" if "offload" in option else "keep"}
@@ -161,9 +180,17 @@ class CheckpointPlan:
         last = max((i for i, name in enumerate(self.layers) if "offload" in name), default=-1)
         return len(self.layers) - max(1, min(IN_FLIGHT, len(self.layers) - 1 - last))
 
+    def _options(self) -> dict[str, Option]:
+        return costs(self.facts, self.shape, self.rates, self.mlp_tiles).options
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that go through an MLP at once."""
+        return -(-self.shape.tokens // self.mlp_tiles)
+
     def memory(self) -> dict[str, int]:
         """The predicted peak in bytes, part by part, and the margin on top of it."""
-        options = costs(self.facts, self.shape, self.rates).options
+        options = self._options()
         parts = {
             "weights": self.facts.weights_bytes,
             "optimizer": self.facts.optimizer_state_bytes,
@@ -178,8 +205,8 @@ class CheckpointPlan:
     def timeline(self) -> list[tuple[str, int]]:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
         facts, shape = self.facts, self.shape
-        options = costs(facts, shape, self.rates).options
-        work, grads = facts.workspace_bytes(shape), facts.gradient_bytes
+        options = self._options()
+        work, grads = facts.workspace_bytes(shape, self.mlp_tiles), facts.gradient_bytes
         base = fixed_bytes(facts) + facts.ends_bytes(shape)
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
@@ -262,13 +289,32 @@ def plan(
     *,
     host_bytes: int | None = None,
     allow: Sequence[str] = OPTIONS,
+    tiles: Sequence[int] = TILES,
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
-    them must be "keep". Raises BadInputError, with the smallest budget that fits, where none does.
+    them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. Raises BadInputError,
+    with the smallest budget that fits, where none does.
     """
-    return _search(facts, shape, budget_bytes, rates, host_bytes, allow)
+    best: CheckpointPlan | None = None
+    for count in _tiles(shape, tiles):
+        made = _search(facts, shape, budget_bytes, rates, host_bytes, allow, count, best)
+        best = made or best
+    if best is not None:
+        return best
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles)
+    need = smallest.peak_bytes + smallest.margin_bytes
+    parts = {
+        "weights": facts.weights_bytes,
+        "the optimizer's state": facts.optimizer_state_bytes,
+        "activations and work space": smallest.peak_bytes - fixed_bytes(facts),
+    }
+    driver = max(parts, key=lambda name: parts[name])
+    raise BadInputError(
+        f"memory_budget_bytes={gib(budget_bytes)}: {shape.batch} x {shape.seq} tokens need at least "
+        f"{-(-need // 2**20)} MiB ({gib(need)}), of which {driver} take {gib(parts[driver])}"
+    )
 
 
 def smallest_budget_bytes(
@@ -278,10 +324,34 @@ def smallest_budget_bytes(
     *,
     host_bytes: int | None = None,
     allow: Sequence[str] = OPTIONS,
+    tiles: Sequence[int] = TILES,
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _search(facts, shape, None, rates, host_bytes, allow)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles)
     return least.peak_bytes + least.margin_bytes
+
+
+def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
+    if 1 not in tiles or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in tiles):
+        raise BadInputError(f"tiles={tuple(tiles)!r}: allowed are 1 and other whole numbers above it")
+    return [count for count in sorted(set(tiles)) if count == 1 or shape.tokens >= count * LEAST_TILE]
+
+
+def _smallest(
+    facts: ModelFacts,
+    shape: Shape,
+    rates: Rates,
+    host_limit: int | None,
+    allow: Sequence[str],
+    tiles: Sequence[int],
+) -> CheckpointPlan:
+    """The plan that needs the least memory: smaller tiles never need more."""
+    found = [
+        made
+        for count in {1, _tiles(shape, tiles)[-1]}
+        if (made := _search(facts, shape, None, rates, host_limit, allow, count, None)) is not None
+    ]
+    return min(found, key=lambda made: (made.peak_bytes + made.margin_bytes, made.mlp_tiles))
 
 
 def _search(
@@ -291,36 +361,51 @@ def _search(
     rates: Rates,
     host_limit: int | None,
     allow: Sequence[str],
-) -> CheckpointPlan:
-    """The fastest plan within the budget, of equal ones that which copies least; None: the smallest."""
+    mlp_tiles: int,
+    at_most: CheckpointPlan | None,
+) -> CheckpointPlan | None:
+    """The fastest plan within the budget, of equal ones that which copies least; None: the smallest.
+
+    With so many MLP tiles, and faster than `at_most` if that is given; None where there is none.
+    """
     import torch
 
     unknown = [name for name in allow if name not in OPTIONS]
     if unknown or "keep" not in allow:
         raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
-    cost, layers = costs(facts, shape, rates), facts.layers
+    cost, layers = costs(facts, shape, rates, mlp_tiles), facts.layers
     options = cost.options
     full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
     fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
-    work, head = facts.workspace_bytes(shape), facts.head_bytes(shape)
+    work, head = facts.workspace_bytes(shape, mlp_tiles), facts.head_bytes(shape)
     gradients = 0 if facts.accumulates else facts.gradient_bytes
     beside = (layers - 1) / layers
+    to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
     step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
+    slowest = float("inf") if at_most is None else at_most.recompute_s + at_most.stall_s
+    if layers * cost.tiled_s >= slowest:
+        return None
+
+    # Counts of layers: offloaded (never the last one); whose MLP, and that wholly, are recomputed.
     whole = "recompute" in allow or "recompute_offload" in allow
-    grid = torch.cartesian_prod(
-        torch.arange(layers + 1 if "recompute_mlp" in allow else 1), torch.arange(layers + 1 if whole else 1)
-    )
-    of_mlp, of_layer = grid[grid.sum(1) <= layers].unbind(
-        1
-    )  # layers whose MLP, and that wholly, are recomputed
+    offloaded, of_mlp, of_layer = torch.cartesian_prod(
+        torch.arange(layers if "offload" in allow else 1),
+        torch.arange(layers + 1 if "recompute_mlp" in allow and mlp_tiles == 1 else 1),
+        torch.arange(layers + 1 if whole else 1),
+    ).unbind(1)
+    rest = layers - offloaded - of_mlp - of_layer
     again = (
-        of_mlp.double() * options["recompute_mlp"].recompute_s
+        layers * cost.tiled_s
+        + of_mlp.double() * options["recompute_mlp"].recompute_s
         + of_layer.double() * options["recompute"].recompute_s
     )
+    columns = [offloaded, of_mlp, of_layer, rest, again]
+    left = (rest >= (offloaded > 0).long()) & (again < slowest)
+    columns = [column[left] for column in columns]
 
-    def memory(offloaded: int, inputs: Any) -> tuple[Any, Any]:
-        """(peak, margin) with so many layers offloaded, and the inputs of so many that are recomputed."""
-        rest = layers - offloaded - of_mlp - of_layer
+    def memory(columns: list[Any], inputs: Any) -> tuple[Any, Any]:
+        """(peak, margin) where the inputs of so many recomputed layers are offloaded."""
+        offloaded, of_mlp, of_layer, rest, _ = columns
         held = (
             rest * full
             + of_mlp * options["recompute_mlp"].kept_bytes
@@ -329,11 +414,12 @@ def _search(
         passing = (of_mlp > 0) * options["recompute_mlp"].passing_bytes
         passing = passing.maximum((of_layer > inputs) * options["recompute"].passing_bytes)
         passing = passing.maximum((inputs > 0) * options["recompute_offload"].passing_bytes)
-        under_way = min(IN_FLIGHT, offloaded) * full + inputs.clamp(max=IN_FLIGHT) * boundary
-        gap = (layers - 1 - (offloaded - 1) * layers // offloaded) if offloaded else layers
+        under_way = offloaded.clamp(max=IN_FLIGHT) * full + inputs.clamp(max=IN_FLIGHT) * boundary
+        gap = layers - (offloaded > 0).long() - (offloaded - 1) * layers // offloaded.clamp(min=1)
+        gap = torch.where(offloaded > 0, gap, layers)
         # At the last offloaded layer those behind it are free; at the first recomputed one all that are
         # kept; at the first layer, the last of the backward, the gradients are there.
-        extra = (under_way - rest.clamp(max=gap) * full).maximum(
+        extra = (under_way - rest.minimum(gap) * full).maximum(
             (passing > 0) * (passing + under_way - rest * full)
         )
         layer = work + held + extra.clamp(min=0)
@@ -342,76 +428,53 @@ def _search(
         margin = (above.double() * MARGIN).ceil().long()
         return fixed + above, margin
 
-    def fewest_inputs(offloaded: int) -> list[Any]:
+    def inputs_to_try() -> list[tuple[list[Any], Any]]:
         """How many inputs to offload: none; one; all; or the fewest from two on that fit, for less memory is
         needed with each but costs time."""
-        none = torch.zeros_like(of_layer)
+        of_layer = columns[2]
         if "recompute_offload" not in allow:
-            return [none]
+            return [(columns, torch.zeros_like(of_layer))]
         if "recompute" not in allow:
-            return [of_layer]
+            return [(columns, of_layer)]
+        few = [(columns, torch.zeros_like(of_layer)), (columns, of_layer.clamp(max=1))]
         if budget is None:
-            return [none, of_layer.clamp(max=1), of_layer]
-        low, high = of_layer.clamp(max=2), of_layer.clone()
+            return [*few, (columns, of_layer)]
+        fits = sum(memory(columns, of_layer)) <= budget
+        own = [column[fits] for column in columns]
+        low, high = own[2].clamp(max=2), own[2].clone()
         for _ in range(layers.bit_length()):
             middle = (low + high) // 2
-            peak, margin = memory(offloaded, middle)
-            fits = peak + margin <= budget
+            fits = sum(memory(own, middle)) <= budget
             high, low = torch.where(fits, middle, high), torch.where(fits, low, (middle + 1).minimum(high))
-        return [none, of_layer.clamp(max=1), high]
+        return [*few, (own, high)]
 
     best: tuple[tuple[float, ...], list[int], tuple[int, int, int, float, float]] | None = None
-    for offloaded in range(layers if "offload" in allow else 1):
-        if budget is not None and best is not None:
-            # Nothing that offloads as much can be faster than what the copies alone cost.
-            late = offloaded * full / (rates.to_host_gb_s * 1e9) - layers * cost.forward_s * beside
-            if max(0.0, late) + full / (rates.from_host_gb_s * 1e9) > best[0][0]:
-                break
-            left = (again <= best[0][0]) & (of_mlp + of_layer < layers - offloaded)
-            of_mlp, of_layer, again = of_mlp[left], of_layer[left], again[left]
-            if not len(again):
-                break
-        rest = layers - offloaded - of_mlp - of_layer
-        for inputs in fewest_inputs(offloaded):
-            peak, margin = memory(offloaded, inputs)
-            copied = offloaded * full + inputs * boundary
-            out, back = (
-                copied.double() / (rates.to_host_gb_s * 1e9),
-                copied.double() / (rates.from_host_gb_s * 1e9),
-            )
-            first = full if offloaded else boundary * (inputs > 0).double()
-            stall = (
-                (out - layers * cost.forward_s * beside).clamp(min=0)
-                + (back - (layers * cost.backward_s + again) * beside).clamp(min=0)
-                + first / (rates.from_host_gb_s * 1e9)
-            )
-            fits = rest >= (1 if offloaded else 0)  # the last layer is never offloaded
-            if host_limit is not None:
-                fits = fits & (copied <= host_limit)
-            if budget is not None:
-                fits = fits & (peak + margin <= budget)
-            wanted = (again + stall, copied) if budget is not None else (peak + margin, again + stall)
-            figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
-            at = int(_first(*figures))
-            key = tuple(float(x[at]) for x in figures)
-            if key[0] != float("inf") and (best is None or key < best[0]):
-                n = int(inputs[at])
-                counts = [offloaded, int(of_mlp[at]), int(of_layer[at]) - n, n]
-                sizes = (int(peak[at]), int(margin[at]), int(copied[at]), float(again[at]), float(stall[at]))
-                best = (key, counts, sizes)
-    if best is None:
-        smallest = _search(facts, shape, None, rates, host_limit, allow)
-        need = smallest.peak_bytes + smallest.margin_bytes
-        parts = {
-            "weights": facts.weights_bytes,
-            "the optimizer's state": facts.optimizer_state_bytes,
-            "activations and work space": smallest.peak_bytes - fixed,
-        }
-        driver = max(parts, key=lambda name: parts[name])
-        raise BadInputError(
-            f"memory_budget_bytes={gib(budget or 0)}: {shape.batch} x {shape.seq} tokens need at least "
-            f"{-(-need // 2**20)} MiB ({gib(need)}), of which {driver} take {gib(parts[driver])}"
+    for own, inputs in inputs_to_try():
+        if not len(inputs):
+            continue
+        offloaded, of_mlp, of_layer, _, again = own
+        peak, margin = memory(own, inputs)
+        copied = offloaded * full + inputs * boundary
+        first = torch.where(offloaded > 0, full, boundary * (inputs > 0))
+        stall = (
+            (copied.double() / to_host - layers * cost.forward_s * beside).clamp(min=0)
+            + (copied.double() / from_host - (layers * cost.backward_s + again) * beside).clamp(min=0)
+            + first.double() / from_host
         )
+        fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
+        if budget is not None:
+            fits = fits & (peak + margin <= budget)
+        wanted = (again + stall, copied) if budget is not None else (peak + margin, again + stall)
+        figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
+        at = int(_first(*figures))
+        key = tuple(float(x[at]) for x in figures)
+        if key[0] != float("inf") and (best is None or key < best[0]):
+            n = int(inputs[at])
+            counts = [int(offloaded[at]), int(of_mlp[at]), int(of_layer[at]) - n, n]
+            sizes = (int(peak[at]), int(margin[at]), int(copied[at]), float(again[at]), float(stall[at]))
+            best = (key, counts, sizes)
+    if best is None or (budget is not None and best[0][0] >= slowest):
+        return None
     _, (n_offloaded, n_mlp, n_whole, n_inputs), (peak_bytes, margin_bytes, host, again_s, stall_s) = best
     placed = ["recompute_offload"] * n_inputs + ["recompute"] * n_whole + ["recompute_mlp"] * n_mlp
     placed += ["keep"] * (layers - n_offloaded - len(placed))
@@ -429,6 +492,7 @@ def _search(
         step_s=step + again_s + stall_s,
         recompute_s=again_s,
         stall_s=stall_s,
+        mlp_tiles=mlp_tiles,
     )
 
 

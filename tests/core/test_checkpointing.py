@@ -15,6 +15,7 @@ from sloth_plugins.checkpointing import plan as planner
 from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
 from sloth_plugins.checkpointing.plan import (
     OPTIONS,
+    TILES,
     CheckpointPlan,
     costs,
     fixed_bytes,
@@ -117,13 +118,13 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
 
 def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> float | None:
     """The shortest recomputation and waiting of all counts, one by one, by the module's formulas."""
-    cost, n = costs(facts, shape, rates), facts.layers
-    o, work = cost.options, facts.workspace_bytes(shape)
-    full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
-    best = None
-    for mlp, whole, inputs, offloaded in itertools.product(range(n + 1), repeat=4):
+    n, best, tile_counts = facts.layers, None, [m for m in TILES if shape.tokens >= m * 512]
+    for tiles, mlp, whole, inputs, offloaded in itertools.product(tile_counts, *[range(n + 1)] * 4):
+        cost = costs(facts, shape, rates, tiles)
+        o, work = cost.options, facts.workspace_bytes(shape, tiles)
+        full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
         rest = n - mlp - whole - inputs - offloaded
-        if rest < (1 if offloaded else 0):
+        if rest < (1 if offloaded else 0) or (tiles > 1 and mlp):
             continue
         counts = {"recompute_mlp": mlp, "recompute": whole, "recompute_offload": inputs}
         held = rest * full + sum(k * o[name].kept_bytes for name, k in counts.items())
@@ -136,6 +137,7 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         if fixed_bytes(facts) + above * (1 + planner.MARGIN) > budget:
             continue
         again = mlp * o["recompute_mlp"].recompute_s + (whole + inputs) * o["recompute"].recompute_s
+        again += n * cost.tiled_s
         copied = (offloaded * full + inputs * boundary) / 1e9
         beside = (n - 1) / n
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
@@ -195,6 +197,24 @@ def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
     assert not any("offload" in name for name in plan(facts, shape, budget, slow).layers)
 
 
+def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
+    """An 8B model: 7 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
+    facts, short, long = llama_8b(**QLORA), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
+    for shape, budget in ((short, 7 * 2**30), (long, 24 * 2**30)):
+        assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
+        made = plan(facts, shape, budget, H200)
+        assert made.mlp_tiles > 1 and f"MLPs in {made.mlp_tiles} tiles" in str(made)
+        assert made.tile_tokens * made.mlp_tiles >= shape.tokens
+        assert {made.classes(layer)["gate_up"] for layer in range(32)} == {"recompute"}
+        top = max(size for _, size in made.timeline())
+        assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes
+    assert plan(facts, short, 2**40, H200).mlp_tiles == 1
+    sizes = [smallest_budget_bytes(facts, short, H200, tiles=(1, n)) for n in TILES if n * 512 <= 4096]
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(ValueError, match=r"tiles=\(2,\): allowed are 1 and"):
+        plan(facts, short, 2**40, H200, tiles=(2,))
+
+
 def test_limits_on_host_memory_and_options() -> None:
     facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
     free = plan(facts, shape, 12 * 2**30, H200)
@@ -228,10 +248,10 @@ def test_126_layers_in_a_second() -> None:
     least = smallest_budget_bytes(facts, shape, H200)
     times = []
     for more in (1.0, 1.05, 1.2):
-        start = time.perf_counter()
+        start = time.process_time()  # the machine of the tests may be busy
         plan(facts, shape, int(least * more), H200)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0 and max(times) < 3.0  # the machine of the tests may be busy
+        times.append(time.process_time() - start)
+    assert min(times) < 1.0 and max(times) < 3.0
 
 
 def test_classes_and_shapes_of_a_plan() -> None:

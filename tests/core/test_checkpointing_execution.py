@@ -1,6 +1,7 @@
 """A plan at work: the same bits as without it, flags given back, budgets kept, what trainers do meanwhile."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -63,10 +64,10 @@ def same(got: Any, want: Any) -> None:
         assert torch.equal(got[1][name], gradient), name
 
 
-def planned(model: Any, layers: tuple[str, ...]) -> CheckpointPlan:
+def planned(model: Any, layers: tuple[str, ...], **changes: Any) -> CheckpointPlan:
     facts = ModelFacts.from_model(model, fused=False, fused_head=False)
     made = plan(facts, Shape(batch=2, seq=12), 2**40, KNOWN["unknown"])
-    return CheckpointPlan(**{**{n: getattr(made, n) for n in made.__dataclass_fields__}, "layers": layers})
+    return dataclasses.replace(made, layers=layers, **changes)
 
 
 MIXED = ("offload", "recompute_offload", "recompute_mlp", "keep")
@@ -81,6 +82,55 @@ def test_losses_and_gradients_are_the_same_bits(layers: tuple[str, ...], rank: i
     same(step(model, ids()), want)
     undo()
     same(step(model, ids()), want)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("layers", [("keep",) * 4, MIXED])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_mlp_in_tiles_is_the_same_but_for_rounding(
+    layers: tuple[str, ...], rank: int, patched: bool
+) -> None:
+    """Each tile is as large as it may be, every gradient in float64 that of the whole."""
+    model = llama(rank).double()
+    want = step(model, ids(3, 13))
+    settings = {} if patched else {"kernels": "off"}
+    plan = planned(model, layers, mlp_tiles=5)  # 24 tokens planned: tiles of 5, and 39 come in 8
+    acceleration = sloth.accelerate(model, checkpointing=plan, **settings)
+    sizes: list[int] = []
+    mlp = next(m for name, m in model.named_modules() if name.endswith("layers.1.mlp"))
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-2]))
+    inner = mlp.forward
+    got = step(model, ids(3, 13))
+    handle.remove()
+    torch.testing.assert_close(got[0], want[0], rtol=1e-10, atol=0)
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        scale = gradient.norm().item()
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=1e-7 * scale, msg=name)
+    assert mlp.forward == inner
+    assert patched or (max(sizes) == 5 and sizes[:8] == [5, 5, 5, 5, 5, 5, 5, 4])
+    acceleration.undo()
+    same(step(model, ids(3, 13)), want)
+
+
+def test_dropout_and_evaluation_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of the backward are those of the forward; without gradients the MLP is called once."""
+    model = llama(4, 0.3)
+    undo = planned(model, MIXED, mlp_tiles=4).apply(model)
+    with monkeypatch.context() as patched:  # the same tiles, and nothing made again
+        patched.setattr(execute, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+        want = step(model, ids())
+    same(step(model, ids()), want)
+    calls: list[int] = []
+    mlp = next(m for n, m in model.named_modules() if n.endswith("layers.2.mlp"))
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
+    with torch.no_grad():
+        model(input_ids=ids())
+    model.eval()
+    model(input_ids=ids())
+    handle.remove()
+    assert len(calls) == 2
+    undo()
 
 
 @pytest.mark.parametrize("layers", [MIXED, ("recompute",) * 4])
@@ -121,6 +171,10 @@ def test_what_a_plan_does_to_each_layer_is_what_autograd_keeps() -> None:
         kept[option] = saved(model, ids())
         undo()
     assert kept["recompute"] < kept["recompute_mlp"] < kept["keep"]
+    model = llama()
+    undo = planned(model, ("keep",) * LAYERS, mlp_tiles=4).apply(model)
+    assert saved(model, ids()) == kept["recompute_mlp"]
+    undo()
 
 
 def test_offloaded_tensors_leave_and_come_back_once() -> None:
