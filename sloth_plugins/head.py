@@ -12,6 +12,16 @@ leading dims):
 Whatever else touches it gets the values: they are computed by the head's own matmul when first needed, and
 kept. So a loss function, a trainer or a metric needs no change, and `outputs.logits` is right when read.
 
+A head that is trained may have other weights by the time of the first read. Before an optimizer's step, small
+logits that somebody still holds are therefore computed. Large ones would cost every loop that keeps `outputs`
+over the step, read or not, what was saved; and a step that calls its forward itself (Lightning's) leaves no
+time before it. If such logits are read late after all, their values come from the hidden states of then and
+the weights of now, and one warning says so (strict=True raises); from that read on, the head's forwards
+compute their logits at once, and these are exact. HF's and TRL's trainers drop the outputs of a training
+forward, or read them, before the step. A late read is known by the step of any torch.optim.Optimizer, which
+need not be of these weights (fused and 8-bit ones raise no tensor's version), and else by the versions; only
+a write through `weight.data` outside an optimizer goes unseen.
+
 What each head did is counted (`Patch.counts`), so that the report can say which way the losses took.
 
 Gradients come from the op's own backward where it answered. Where values were used they are dy W and dy^T x:
@@ -23,13 +33,15 @@ Gradients come from the op's own backward where it answered. Where values were u
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FrameType, MethodType
 from typing import Any
 
@@ -37,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _module
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from sloth_plugins.numerics import FORMULA_TOLERANCE, Comparison, relative_error
@@ -48,11 +61,17 @@ from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare
 OP = "linear_cross_entropy"
 # A larger weight is verified on its first rows, so that float64 copies stay small.
 ELEMENTS = 2**23
-# Bytes of logits that an answer in chunks holds at a time.
+# Bytes of logits that an answer in chunks holds at a time, and that are computed unasked before a step.
 CHUNK_BYTES = 2**26
 # What a head counts: calls whose logits were left out, and calls of its own forward; questions answered by an
-# op and in chunks of rows; logits computed in whole after all.
-COUNTS = ("deferred", "own_forward", "fused", "in_chunks", "materialised")
+# op and in chunks of rows; logits computed in whole after all; logits first read after the weights had
+# changed.
+COUNTS = ("deferred", "own_forward", "fused", "in_chunks", "materialised", "late")
+LATE = (
+    "outputs.logits were read for the first time after the head's weight or input had changed (by an "
+    "optimizer step?), so these values are of the hidden states of then and the weights of now"
+)
+REMEDY = "read outputs.logits before the step, or set head_loss='off'"
 # Frames above the head in which its model's forward is looked for; a head inside two modules needs twelve.
 DEPTH = 16
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
@@ -147,7 +166,12 @@ class _Root:
     kernel: KernelSpec
     log_probs: KernelSpec | None
     counts: dict[str, int]
+    strict: bool = False
     values: torch.Tensor | None = None
+    stepped: bool = False
+    """An optimizer has made a step since, which may have changed the weights."""
+    said: bool = False
+    """It was counted as read late."""
     observed: bool = False
     """Somebody watches gradients or wrote into the logits: from then on only the values count."""
     settled: bool = False
@@ -163,6 +187,22 @@ class _Root:
         weight = getattr(self.weight, "packed", self.weight)
         return [t._version for t in (self.x, weight, self.bias) if t is not None]
 
+    def late(self) -> bool:
+        """Whether the logits of this call's weights can no longer be computed."""
+        return self.stepped or self.now() != self.versions
+
+    def before_step(self) -> None:
+        """An optimizer is about to change the weights: computes small logits that somebody holds."""
+        size_bytes = self.x.nbytes // self.x.shape[-1] * self.weight.shape[0]
+        held = any(ref() is not None for ref in self.family)
+        if size_bytes <= CHUNK_BYTES and held and not self.late():
+            self.unasked()
+
+    def unasked(self) -> None:
+        """All logits, where there is memory for them: a run may not end for what nobody has asked for."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.whole()
+
     def dense(self) -> torch.Tensor:
         """The weight (V, H) as a plain tensor, without history where it is in 4 bits."""
         if isinstance(self.weight, torch.Tensor):
@@ -173,12 +213,16 @@ class _Root:
 
     def head(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of some rows, without history; `weight` is the dense one, where it is at hand."""
-        if self.now() != self.versions:
-            raise RuntimeError(
-                "the logits were not computed in the forward, because its loss did not need them, and the "
-                "head's weight or input has changed since (by an optimizer step?): read outputs.logits "
-                "before that, or set head_loss='off'"
-            )
+        if self.late():
+            if self.strict:
+                raise RuntimeError(f"{LATE}, and strict=True: {REMEDY}")
+            if not self.counts["late"]:
+                now = "from now on this head computes its logits in each forward"
+                warnings.warn(
+                    f"sloth: {LATE}; {now}. To have them right from the start, {REMEDY}", stacklevel=2
+                )
+            self.counts["late"] += not self.said
+            self.said = True
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return F.linear(x, self.dense() if weight is None else weight, self.bias)
 
@@ -508,7 +552,7 @@ class _Form:
 
 def _form(logits: DeferredLogits) -> _Form | None:
     """What the noted values' operations come to; None where no op says it, or somebody has to be seen."""
-    if logits._root.observed or logits._stale or not _unseen(logits):
+    if logits._root.observed or logits._stale or logits._root.late() or not _unseen(logits):
         return None
     before, scale, tanh, log_softmax = 1.0, 1.0, False, False
     for step in logits._steps:
@@ -692,26 +736,61 @@ def defer(
     kernel: KernelSpec,
     log_probs: KernelSpec | None,
     counts: dict[str, int] | None = None,
+    strict: bool = False,
 ) -> torch.Tensor:
     """`head(x)` as DeferredLogits; x (..., H), cast as autocast would cast it."""
     counts = dict.fromkeys(COUNTS, 0) if counts is None else counts
     counts["deferred"] += 1
     weight: Any = head._parameters["weight"]
     bias: Any = head._parameters["bias"]
-    shared: dict[str, Any] = dict(kernel=kernel, log_probs=log_probs, counts=counts)
+    shared: dict[str, Any] = dict(kernel=kernel, log_probs=log_probs, counts=counts, strict=strict)
+    given: Any = x
     if _is_four_bit(type(head)):
         from sloth_kernels.nf4 import FourBit
 
-        packed = FourBit(packed=weight, state=weight.quant_state)
-        return _Head.apply(x, None, bias, _Root(x=x, weight=packed, bias=bias, **shared))  # type: ignore[no-any-return]
-    tensors: list[Any] = [x, weight, bias]
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    given, weight, bias = tensors
-    root = _Root(x=given, weight=weight, bias=bias, **shared)
+        packed: Any = FourBit(packed=weight, state=weight.quant_state)
+        weight = None
+    else:
+        kind, tensors = x.device.type, [x, weight, bias]
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+        given, weight, bias = tensors
+        packed = weight
+    root = _Root(x=given, weight=packed, bias=bias, **shared)
+    # What autocast cast is a copy, which no step changes.
+    own = head._parameters.values()
+    if any(t is not None and t.requires_grad and any(t is p for p in own) for t in (weight, bias)):
+        _watch_steps()
+        _waiting.add(root)
+    if counts["late"]:
+        root.unasked()
     return _Head.apply(given, weight, bias, root)  # type: ignore[no-any-return]
+
+
+# Calls of heads that are trained, since the last step of any optimizer. FSDP and DeepSpeed step on tensors
+# other than the parameters, so that it isn't known whose weights a step changes.
+_waiting: weakref.WeakSet[_Root] = weakref.WeakSet()
+
+
+@torch.compiler.disable
+def _before_step(*_: Any) -> None:
+    for root in list(_waiting):
+        root.before_step()
+
+
+@torch.compiler.disable
+def _after_step(*_: Any) -> None:
+    for root in list(_waiting):  # also of a forward in a closure, which the step itself calls (Lightning)
+        root.stepped = True
+    _waiting.clear()
+
+
+@cache
+def _watch_steps() -> None:
+    """Once a process: without logits that somebody holds, the hooks do nothing."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _is_four_bit(kind: type) -> bool:
@@ -721,7 +800,7 @@ def _is_four_bit(kind: type) -> bool:
 
 
 def _head_forward(
-    module: nn.Module, kernel: KernelSpec, log_probs: KernelSpec | None, counts: dict[str, int]
+    module: nn.Module, kernel: KernelSpec, log_probs: KernelSpec | None, counts: dict[str, int], strict: bool
 ) -> Forward:
     original, takes = type(module).forward, _takes(kernel)
 
@@ -731,7 +810,7 @@ def _head_forward(
         if kwargs or len(args) != 1 or not _defers(self, args[0], takes):
             counts["own_forward"] += 1
             return original(self, *args, **kwargs)
-        return defer(self, args[0], kernel, log_probs, counts)
+        return defer(self, args[0], kernel, log_probs, counts, strict)
 
     return named_like(forward, module)
 
@@ -855,7 +934,7 @@ def _head_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         module=site.module,
         op=OP,
         kernel=kernel,
-        forwards={site.module: _head_forward(module, kernel, log_probs, counts)},
+        forwards={site.module: _head_forward(module, kernel, log_probs, counts, context.settings.strict)},
         signature=(
             *(*site.signature, OP, kernel.name, tuple(module.weight.shape), module.weight.dtype),
             *(module.weight.requires_grad, None if bias is None else (bias.dtype, bias.requires_grad)),
@@ -936,7 +1015,7 @@ def _verify_head(
         if len(calls) != 2:
             raise VerificationError(f"two calls were expected of the kernel and {len(calls)} were made")
         calls.clear()
-    forward = _head_forward(head, counted, log_probs, dict.fromkeys(COUNTS, 0))
+    forward = _head_forward(head, counted, log_probs, dict.fromkeys(COUNTS, 0), True)
     _verify_models_loss(trial, head, forward, calls)
     return comparisons
 

@@ -80,6 +80,7 @@ class Report:
         said = []
         for module, counts in self.head.items():
             ways = {"fused": "fused", "in_chunks": "in chunks", "materialised": "from all logits"}
+            ways |= {"late": "read after the weights had changed"} if counts["late"] else {}
             asked = ", ".join(f"{counts[key]} {way}" for key, way in ways.items())
             if not counts["deferred"]:
                 asked = "the patch stood idle, because no loss asked this module for logits"

@@ -16,8 +16,14 @@ For hidden states h (T, H), a weight W (V, H), a bias b (V,) and one label y a r
 One buffer holds the logits of a chunk. One launch a chunk makes losses of them and, in place, gradients: a
 pass that reads (online softmax [4]) and one that reads and writes, 6 bytes a logit in bf16. A mean or a sum
 knows its gradient g in the forward, which therefore does all the work of the backward; where each row has a
-gradient of its own, the backward computes the logits again. Ignored rows write zeros; they are not taken out
-before the matmuls, because the host would have to wait for their number.
+gradient of its own, the backward computes the logits again.
+
+Ignored rows write zeros and are read by nobody, but they go through the matmuls. Their number is known to the
+device, and a matmul's shape to the host: to learn it, the host would wait for every kernel in flight, in each
+micro-batch, and the GPU would idle while the backward is launched. Moving them behind the others (a sort of
+the mask, no wait) leaves the shapes as they are; a matmul kernel that reads the number on the device would
+have to beat cuBLAS by more than the ignored share. So nothing here waits for the device (tested), and who
+knows the labels on the host gives `hidden[kept]` and `labels[kept]`: sum and mean are the same.
 
 Gradients that wait for the backward's scalar wait in float32 and are rounded once, except dW of a 16-bit
 weight, for which that would take more memory than all the rest. It adds up in its own dtype, and each sum is

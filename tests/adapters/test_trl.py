@@ -15,13 +15,13 @@ import torch
 from helpers import ForwardCalls, forwards, relative_difference, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from sloth_hf_trainer import SlothCallback
-from transformers import TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 import sloth_plugins as sloth
 from sloth_plugins.numerics import FORMULA_TOLERANCE
 from sloth_plugins.smollm2 import MissingPackageError, require
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
@@ -29,6 +29,8 @@ GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 TEXTS = ["the sloth hangs", "it sleeps all day long", "and eats a leaf", "slowly", "very slowly", "the end"]
+PAIRS = {"prompt": ["a ", "b ", "c "] * 2, "chosen": TEXTS, "rejected": TEXTS[::-1]}
+LABELLED = {"prompt": PAIRS["prompt"], "completion": TEXTS, "label": [True, False] * 3}
 Make = Callable[..., Any]
 
 
@@ -79,14 +81,17 @@ def sft(
 def dpo(
     model: Any, folder: Path, *callbacks: TrainerCallback, peft: bool = True, **changes: Any
 ) -> DPOTrainer:
-    pairs = {"prompt": ["a ", "b ", "c "] * 2, "chosen": TEXTS, "rejected": TEXTS[::-1]}
     return DPOTrainer(
         model,
         args=DPOConfig(**settings(folder, max_length=32, **changes)),
-        train_dataset=datasets.Dataset.from_dict(pairs),
+        train_dataset=datasets.Dataset.from_dict(PAIRS),
         peft_config=lora() if peft else None,
         callbacks=[*callbacks],
     )
+
+
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
 
 
 def grpo(
@@ -94,12 +99,31 @@ def grpo(
 ) -> GRPOTrainer:
     return GRPOTrainer(
         model,
-        reward_funcs=lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions],
+        reward_funcs=rewards,
         args=GRPOConfig(**settings(folder, num_generations=2, max_completion_length=4, **changes)),
         train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS}),
         peft_config=lora() if peft else None,
         callbacks=[*callbacks],
     )
+
+
+def made(where: str, data: dict[str, Any], **own: Any) -> Make:
+    """A maker of the trainer `where`; `own` are further arguments of the trainer."""
+
+    def make(model: Any, folder: Path, *callbacks: TrainerCallback, peft: bool = True, **changes: Any) -> Any:
+        path, _, name = where.rpartition(".")
+        module = pytest.importorskip(path, reason=f"this TRL has no {where}Trainer")
+        return getattr(module, f"{name}Trainer")(
+            model,
+            args=getattr(module, f"{name}Config")(**settings(folder, **changes)),
+            train_dataset=datasets.Dataset.from_dict(data),
+            peft_config=lora() if peft else None,
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[*callbacks],
+            **own,
+        )
+
+    return make
 
 
 class Watch(TrainerCallback):
@@ -143,10 +167,23 @@ CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     "grpo": (grpo, {}),
     "grpo, reference": (grpo, dict(beta=0.1)),
 }
+OTHERS: dict[str, tuple[Make, dict[str, Any]]] = {
+    "kto": (made("trl.KTO", LABELLED), dict(max_length=32)),
+    "kto, full": (made("trl.KTO", LABELLED), dict(max_length=32, peft=False)),
+    "cpo": (made("trl.experimental.cpo.CPO", PAIRS), dict(max_length=32)),
+    "orpo": (made("trl.experimental.orpo.ORPO", PAIRS), dict(max_length=32)),
+    "rloo": (
+        made("trl.RLOO", {"prompt": TEXTS}, reward_funcs=rewards),
+        dict(num_generations=2, max_completion_length=4),
+    ),
+    "reward": (made("trl.Reward", PAIRS), dict(max_length=32, peft=False)),
+}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [*((family, case) for family in ("llama", "qwen3") for case in CASES), *(("llama", c) for c in OTHERS)],
+)
 def test_only_patched_forwards_run(
     folders: dict[str, str],
     tmp_path: Path,
@@ -155,7 +192,7 @@ def test_only_patched_forwards_run(
     kernel_calls: Counter[str],
     clock: TrainerCallback,
 ) -> None:
-    make, changes = CASES[case]
+    make, changes = {**CASES, **OTHERS}[case]
     set_seed(0)  # TRL makes the adapter before the Trainer sets its seed
     plain = make(folders[family], tmp_path, **changes)
     plain.train()
@@ -177,9 +214,14 @@ def test_only_patched_forwards_run(
     for op in ("rms_norm", *fused, rotary):
         assert kernel_calls[op] >= layers * STEPS, op
     assert not any(name.startswith("sloth") for name in trainer.model.state_dict())
+    if case in OTHERS:
+        ways = [(counts["deferred"], counts["fused"] > 0) for counts in report.head.values()]
+        # TRL's newer trainers have a head of their own; these two take the log-probabilities of the logits.
+        tiled = hasattr(trl.trainer.utils, "add_fused_lm_head") and case not in ("cpo", "orpo")
+        assert ways == ([] if case == "reward" else [(0, False)] if tiled else [(STEPS, True)])
 
     got, wanted = losses(trainer), losses(plain)
-    if make is not grpo:  # there a rounding may change a sampled token
+    if make is not grpo and case != "rloo":  # there a rounding may change a sampled token
         precision = torch.bfloat16 if changes.get("bf16") else torch.float32
         assert relative_difference(got, wanted) <= FORMULA_TOLERANCE[precision]
     assert len(got) == STEPS and all(torch.isfinite(torch.tensor(got)))
