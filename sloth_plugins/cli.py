@@ -241,6 +241,13 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", metavar="MODULE", nargs="+", action="extend", default=[], help="linears to leave in 16 bits"
     )
     quantize.add_argument(
+        "--lora-init",
+        metavar="RANK",
+        type=int,
+        default=0,
+        help="also an adapter of this rank in DIR/lora_init, which gives back a part of what 4 bits took",
+    )
+    quantize.add_argument(
         "--restart", action="store_true", help="delete DIR.partial first, instead of resuming"
     )
     quantize.add_argument(
@@ -459,6 +466,9 @@ def _quantize(arguments: argparse.Namespace) -> Outcome:
         import bitsandbytes  # noqa: F401
 
         from sloth_plugins.quantization import Options, quantize
+
+        if arguments.lora_init:
+            import peft  # noqa: F401
     except ImportError as error:
         raise _missing("quantize", error, "hf,quant") from error
     from rich.console import Console
@@ -490,6 +500,7 @@ def _quantize(arguments: argparse.Namespace) -> Outcome:
                 keep=tuple(arguments.keep),
                 samples=arguments.samples,
                 row_tokens=arguments.row_tokens,
+                lora_init=arguments.lora_init,
             )
             result = quantize(
                 directory,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sloth_plugins.quantization.lora_init import adapter_tensors, lora_factors
 from sloth_plugins.quantization.rounding import (
     Codes,
     Rounded,
@@ -92,12 +93,13 @@ def calibrate_layer(
     *,
     drift_share: float = 0.0,
     sweeps: int = 2,
+    lora_rank: int = 0,
 ) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """Round the linears of `blocksizes` (names within the layer), one group after another.
 
     original, hidden: what enters the layer in the original model and in the quantized one, for each row.
     Returns the layer as it was, the layer with rounded weights, and what a checkpoint holds of them, by full
-    name.
+    name. lora_rank: also what an adapter of this rank holds for every linear, by PEFT's names; 0: none.
     """
     layer, work = stream.load(index), stream.load(index)
     own = linears(layer)
@@ -145,8 +147,17 @@ def calibrate_layer(
             for name, result in zip(names, rounded, strict=True):
                 full = stream.name(index, f"{name}.weight")
                 tensors = tensors_of(result, full, dtype, codes)
-                put(work, name, expand_tensors(tensors, full), stream.device)
+                expanded = expand_tensors(tensors, full).to(stream.device)
+                put(work, name, expanded, stream.device)
                 stored |= tensors
+                if lora_rank:
+                    module, metric = stream.name(index, name), hessian if hessian.any() else None
+                    pair = lora_factors(module, own[name].weight.data, expanded, metric, lora_rank)
+                    stored |= adapter_tensors(module, *pair)
+    for name, linear in own.items():
+        if lora_rank and name not in blocksizes:  # in 16 bits: it trains with the others
+            module, weight = stream.name(index, name), linear.weight.data
+            stored |= adapter_tensors(module, *lora_factors(module, weight, weight, None, lora_rank))
     return layer, work, stored
 
 

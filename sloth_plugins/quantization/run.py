@@ -34,6 +34,7 @@ from sloth_plugins.quantization.evaluate import (
     rounded_plainly,
     stored_in,
 )
+from sloth_plugins.quantization.lora_init import PREFIX, check_rank, factors_in, save_adapter
 from sloth_plugins.quantization.plan import Offer, QuantizationPlan, Survey, bnb_config, nf4_bytes
 from sloth_plugins.quantization.rounding import BLOCKSIZES, Codes, expand_tensors
 from sloth_plugins.quantization.sensitivity import measure
@@ -76,6 +77,8 @@ class Options:
     """How much of what earlier layers lost the rounding makes up for, 0 to 1. It takes twice the time."""
     sweeps: int = 2
     """Sweeps of coordinate descent after the first rounding."""
+    lora_init: int = 0
+    """Rank of the adapter in OUT/lora_init that gives back a part of what quantization took; 0: none."""
     compute: str = "medium"
     """torch's float32 matmul precision for the layers' own code."""
 
@@ -436,8 +439,15 @@ def _work(
     codes, notes = Codes(stream.device), list[str]()
     if whole:
         notes.append(f"the model is in memory as a whole: {whole}")
+    shapes = {
+        stream.name(index, name): tuple(module.weight.shape)
+        for index, layer in enumerate(stream.layers)
+        for name, module in linears(layer).items()
+    }
+    if options.lora_init:
+        check_rank(options.lora_init, shapes)
     tokens = sum(row.numel() for row in rows)
-    widest = max(m.weight.shape[1] for layer in stream.layers for m in linears(layer).values())
+    widest = max(shape[1] for shape in shapes.values())
     if tokens < 2 * widest:
         notes.append(
             f"calibrated on {tokens} tokens in {len(rows)} rows: {2 * widest} and more are better here"
@@ -473,16 +483,21 @@ def _work(
     turn = made(0, None) if options.target_kl is None else _search(made, options.target_kl)
     plan = turn.plan
     sizes = {name: 64 for name in (choice.module for choice in plan.choices if not choice.reason)}
-    measured = (
-        evaluate(
-            stream,
-            {"uniform NF4": rounded_plainly(stream, codes, sizes), "sloth": turn.weights},
-            held_out,
-            progress,
-        )
-        if held_out
-        else {}
-    )
+    variants = {"uniform NF4": rounded_plainly(stream, codes, sizes), "sloth": turn.weights}
+    stores = [Checkpoint(file) for file in turn.files]
+    adapter: dict[str, Tensor] = {}
+    if options.lora_init:
+        adapter = {key: s.tensor(key) for s in stores for key in s.shapes if key.startswith(PREFIX)}
+
+        def adapted(index: int, layer: nn.Module) -> dict[str, Tensor]:
+            found = {}
+            for name, weight in turn.weights(index, layer).items():
+                a, b = factors_in(adapter, stream.name(index, name))
+                found[name] = weight.float() + b @ a
+            return found
+
+        variants["sloth + lora_init"] = adapted
+    measured = evaluate(stream, variants, held_out, progress) if held_out else {}
     result = Result(
         out=out,
         plan=plan,
@@ -491,6 +506,8 @@ def _work(
         evaluation=measured,
         reached_kl=turn.kl,
     )
+    if adapter:
+        save_adapter(partial / "lora_init", adapter, [*shapes, *plan.others], out)
     _assemble(model, partial, turn.files, result)
     if out.exists():
         out.rmdir()
@@ -598,6 +615,7 @@ def _calibrate(
                 codes,
                 drift_share=options.drift_share,
                 sweeps=options.sweeps,
+                lora_rank=options.lora_init,
             )
             save_file(tensors, f"{file}.tmp")
             os.replace(f"{file}.tmp", file)

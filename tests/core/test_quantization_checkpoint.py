@@ -76,7 +76,7 @@ def dequantized(model: Any) -> dict[str, torch.Tensor]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def test_plain_transformers_loads_it_with_our_values(place: Path, tmp_path: Path) -> None:
@@ -194,6 +194,43 @@ def test_the_search_ends_with_at_most_the_target(curve: Callable[[float], float]
     assert found.kl <= target
     best = next((e / 1000 for e in range(3000, 0, -1) if curve(e / 1000) <= target), 0.0)
     assert found.kl >= 0.6 * min(target, curve(best)) and len(asked) < 30
+
+
+def test_an_adapter_that_starts_where_the_original_was(place: Path, tmp_path: Path) -> None:
+    """The checkpoint is the same without it, and a resumed run writes the same adapter."""
+    peft = pytest.importorskip("peft")
+    options: dict[str, Any] = dict(budget=1.15, evaluation=[place / "held_out.jsonl"])
+    plain = quantized(place, tmp_path / "plain", **options)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    result = quantized(place, tmp_path / "a/out", lora_init=8, **options)
+    figures = result.evaluation["held_out.jsonl"]
+    assert figures["sloth"] == plain.evaluation["held_out.jsonl"]["sloth"]
+    assert figures["sloth + lora_init"]["kl"] < 0.9 * figures["sloth"]["kl"]
+    one, other = contents(tmp_path / "plain"), contents(tmp_path / "a/out")
+    assert {name for name in one if one[name] != other[name]} == {run.REPORT}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "a/out/lora_init").iterdir()} == adapter
+
+    def interrupt(what: str, done: int, of: int) -> None:
+        if (what, done) == ("calibrating", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(place, tmp_path / "b/out", lora_init=8, progress=interrupt, **options)
+    quantized(place, tmp_path / "b/out", lora_init=8, **options)
+    assert contents(tmp_path / "b/out") == other
+    written = [(tmp_path / name / "out/lora_init/adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert written[0] == written[1]
+    model = peft.PeftModel.from_pretrained(
+        load(tmp_path / "a/out"), tmp_path / "a/out/lora_init", is_trainable=True
+    )
+    assert sum(p.requires_grad for p in model.parameters()) == 3 * 7 * 2
+    kept = [choice.module for choice in result.plan.choices if choice.bits == 16]
+    for name in kept:  # in 16 bits: they begin as PEFT's own do
+        module = model.get_base_model().get_submodule(name)
+        assert not module.lora_B.default.weight.any() and module.lora_A.default.weight.any()
+    assert kept
 
 
 def test_checkpoints_are_evaluated_as_they_are_stored(place: Path, tmp_path: Path) -> None:
@@ -405,6 +442,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "size": ({"--budget": "1KB"}, r"budget='1KB': allowed are \d+ bytes, uniform NF4's, or more"),
     "both": ({"--budget": 1.1, "--target-kl": 0.1}, "target_kl=0.1 with budget=1.1: allowed is one of them"),
     "few rows": (_few_rows, "gives 2 rows: target_kl needs 8 or more"),
+    "rank": ({"--lora-init": 65}, "lora_init=65: allowed is a rank from 1 to 64"),
     "block size": ({"--block-sizes": 48}, r"block_sizes=\(48,\): allowed are 64, 32"),
 }
 
