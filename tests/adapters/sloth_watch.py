@@ -1,6 +1,7 @@
 """A plugin of sloth that the Axolotl tests put beside it: it writes down which forwards a run has called.
 
-SLOTH_WATCH names the file; process 0 writes {"patched": calls by op, "original": [modules], "idle": ...}.
+SLOTH_WATCH names the file; process 0 writes {"patched": calls by op, "problem": what ForwardCalls found,
+"linears": {name in the base model: "4bit" or the weight's dtype}}.
 """
 
 import atexit
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from helpers import ForwardCalls
+from torch import nn
 
 from sloth_plugins import hookimpl
 
 _calls: list[tuple[ForwardCalls, dict[str, str]]] = []
+_linears: dict[str, str] = {}
 
 
 @hookimpl
@@ -27,6 +30,12 @@ def sloth_patched(acceleration: Any) -> None:
     calls = ForwardCalls(acceleration)
     _calls.append((calls, {row.module: row.op for row in acceleration.report.patched}))
     calls.start()
+    _linears.clear()
+    for name, module in acceleration.model.named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            base = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            quantized = hasattr(module.weight, "quant_state")
+            _linears[base] = "4bit" if quantized else str(module.weight.dtype).removeprefix("torch.")
 
 
 def _write() -> None:
@@ -42,4 +51,4 @@ def _write() -> None:
         counted: Counter[str] = Counter()
         for module, number in calls.patched.items():
             counted[ops[module]] += number
-        Path(path).write_text(json.dumps({"patched": counted, "problem": problem}))
+        Path(path).write_text(json.dumps({"patched": counted, "problem": problem, "linears": _linears}))

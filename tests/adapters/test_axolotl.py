@@ -19,9 +19,12 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 
+from sloth_plugins.quantization import Options, quantize
 from sloth_plugins.smollm2 import MissingPackageError, cache_dir, smollm2_dir
 
 EXAMPLES = ROOT / "adapters" / "axolotl" / "examples"
@@ -202,6 +205,16 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
     return make
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in bfloat16 whose linears bitsandbytes' blocks divide, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = dict(hidden_size=64, intermediate_size=128, head_dim=16, max_position_embeddings=512)
+    tiny_model("llama", dtype=torch.bfloat16, **sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def oldest(axolotl: Axolotl) -> Axolotl:
     """For what no version does in another way."""
@@ -287,6 +300,115 @@ def test_dpo(axolotl: Axolotl, example: Callable[..., dict[str, Any]]) -> None:
     assert plain.history[1]["loss"] != pytest.approx(0.6931, abs=1e-3), "it has learnt"
 
 
+def layout(run: Run) -> dict[str, str]:
+    """What the saved plan of a run says of each linear, as sloth_watch writes it."""
+    plan = json.loads((run.folder / "out" / "sloth_quantization_plan.json").read_text())
+    return {c["module"]: "4bit" if c["bits"] == 4 else "bfloat16" for c in plan["choices"]}
+
+
+def check_planned(run: Run) -> None:
+    """The model that was trained is stored as the plan says."""
+    planned = layout(run)
+    assert {*planned.values()} == {"4bit", "bfloat16"}
+    assert {name: run.watched["linears"].get(name) for name in planned} == planned
+
+
+LOAD_ADAPTER = """
+import sys
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+state = {k.replace(".default", ""): v for k, v in model.state_dict().items() if "lora_" in k}
+saved = load_file(f"{folder}/adapter_model.safetensors")
+assert state.keys() == saved.keys() and all((state[k] == v).all() for k, v in saved.items())
+assert any((v != 0).any() for k, v in saved.items() if "lora_B" in k)
+"""
+
+
+def test_dynamic_4bit(axolotl: Axolotl, example: Callable[..., dict[str, Any]]) -> None:
+    """Chosen from the run's own rows, loaded so; the adapter is one for the plain base model."""
+    config = example("qlora", bf16=True, gradient_checkpointing=False, max_steps=5)
+    block = {"dynamic_4bit": {"budget": 1.1, "samples": 3}}
+    run = axolotl.train("dynamic", config | {"sloth": block}).done()
+    check_accelerated(run, LORA_OPS)
+    check_planned(run)
+    planned, linears = layout(run), run.watched["linears"]
+    assert 0 < sum(kind == "bfloat16" for kind in planned.values()) < len(planned) / 4
+    assert linears["lm_head"] == "bfloat16" and linears.keys() == planned.keys() | {"lm_head"}
+    (note,) = [note for note in run.report["notes"] if note.startswith("dynamic_4bit: ")]
+    assert "210 linears" in note and note in run.text
+    loaded = f"import sys; sys.argv[1:] = {[config['base_model'], str(run.folder / 'out')]!r}\n{LOAD_ADAPTER}"
+    axolotl.python(loaded, installed=False)
+
+
+def test_a_saved_plan(axolotl: Axolotl, example: Callable[..., dict[str, Any]], tiny: Path) -> None:
+    """It is taken up by `plan:`, by a resumed training and by other commands."""
+    changes = dict(base_model=str(tiny), bf16=True, sequence_len=512, sample_packing=False)
+    config = example("qlora", **changes) | {"sloth": {"dynamic_4bit": {"budget": 1.2}}}
+    run = axolotl.train("plan", config).done()
+    check_planned(run)
+    out = run.folder / "out"
+    saved = {"dynamic_4bit": {"plan": str(out / "sloth_quantization_plan.json")}}
+    given = axolotl.train("planned", config | {"sloth": saved, "max_steps": 1})
+    begun = {"resume_from_checkpoint": str(out / "checkpoint-1")}
+    resumed = axolotl.train("resumed", config | begun | {"sloth": {"dynamic_4bit": {"budget": 1.5}}})
+    merged = axolotl.start("merged", config | {"output_dir": str(out)}, command="merge-lora").done()
+    for later in (given, resumed):
+        check_planned(later.done())
+        assert layout(later) == layout(run) and "measuring" not in later.text
+    assert [entry["loss"] for entry in resumed.history] == [entry["loss"] for entry in run.history]
+    # Where merge-lora rounds what was kept in 16 bits, the plugin says so.
+    name = min(name for name, kind in layout(run).items() if kind == "bfloat16")
+    before, after = (load_file(f / "model.safetensors")[f"{name}.weight"] for f in (tiny, out / "merged"))
+    update = load_file(out / "adapter_model.safetensors")
+    a, b = (update[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    exact = before + config["lora_alpha"] / config["lora_r"] * b @ a
+    rounded = (after - exact).norm() > 0.01 * exact.norm()
+    assert rounded == ("merge_method: legacy rounds none" in merged.text)
+
+
+def test_dynamic_4bit_in_two_processes(
+    oldest: Axolotl, example: Callable[..., dict[str, Any]], tiny: Path
+) -> None:
+    """The main process measures, from a file here; DPO's rows are text. Then without a plan to go by."""
+    changes = QLORA | dict(base_model=str(tiny), bf16=True, max_steps=1, sequence_len=512)
+    texts = oldest.folder / "texts.txt"
+    texts.write_text("\n\n".join(text[:300] for text in list(topics.values())[:4]))
+    block = {"budget": 1.2, "calibration": str(texts), "keep": ["model.layers.1.mlp.up_proj"]}
+    config = example("lora", **changes) | {"sloth": {"dynamic_4bit": block}}
+    launch = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    run = oldest.start("dynamic_ddp", config, "--launcher", "accelerate", "--", *launch)
+    rows = example("dpo", **changes) | {"sloth": {"dynamic_4bit": {"budget": 1.2, "samples": 3}}}
+    dpo = oldest.train("dynamic_dpo", rows)
+    lost = oldest.start("dynamic_lost", config, command="evaluate")
+    for done in (run.done(), dpo.done()):
+        check_planned(done)
+        assert done.text.count("measuring") == 1
+    assert layout(run)["model.layers.1.mlp.up_proj"] == "bfloat16"
+    assert lost.wait().status != 0 and "only `axolotl train` measures a plan" in lost.text
+
+
+def test_a_quantized_directory_needs_no_option(
+    axolotl: Axolotl, example: Callable[..., dict[str, Any]], tiny: Path
+) -> None:
+    """What `sloth quantize` writes is an ordinary base model, which dynamic_4bit refuses."""
+    texts, out = axolotl.folder / "quantize.txt", axolotl.folder / "model_4bit"
+    texts.write_text("\n\n".join(text[:300] for text in list(topics.values())[:4]))
+    kept = "model.layers.0.self_attn.v_proj"
+    quantize(tiny, out, texts, options=Options(samples=4, keep=(kept,)))
+    config = example("qlora", base_model=str(out), bf16=True, max_steps=1, sequence_len=512)
+    run = axolotl.train("quantized", config)
+    refused = axolotl.train("quantized_twice", config | {"sloth": {"dynamic_4bit": {}}})
+    check_accelerated(run.done(), LORA_OPS)
+    assert not run.report["skipped"]
+    linears = run.watched["linears"]
+    others = {name: kind for name, kind in linears.items() if kind != "4bit"}
+    assert others == {kept: "bfloat16", "lm_head": "bfloat16"}
+    assert refused.wait().status != 0 and "needs no dynamic_4bit" in refused.text
+
+
 def test_full_fine_tuning(oldest: Axolotl, example: Callable[..., dict[str, Any]]) -> None:
     plain = oldest.train("full", example("full", sloth=False))
     run = oldest.train("full_sloth", example("full"))
@@ -304,6 +426,7 @@ def test_two_processes_in_bf16(oldest: Axolotl, example: Callable[..., dict[str,
     check_accelerated(run, LORA_OPS)
 
 
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
 BAD = {
     "misspelt": ({"sloth": {"kernel": "triton"}}, "'kernel' in sloth: .* Did you mean 'kernels'"),
     "alias": ({"sloth": {"memory_budgets": "1GiB"}}, "Did you mean 'memory_budget'"),
@@ -317,8 +440,98 @@ BAD = {
         "checkpointing: recompute under sloth: and gradient_checkpointing: false",
     ),
     "zero3": ({"deepspeed": "zero3.json"}, r"deepspeed: 'zero3.json' \(ZeRO stage 3\)"),
+    "dynamic block": ({"sloth": {"dynamic_4bit": True}}, "dynamic_4bit: True in the Axolotl config"),
+    "dynamic key": ({"sloth": {"dynamic_4bit": {"budgets": 1}}}, "dynamic_4bit under .* mean 'budget'"),
+    "dynamic budget": ({"sloth": {"dynamic_4bit": {"budget": 0.5}}}, "budget=0.5: allowed is .*dynamic_4bit"),
+    "dynamic type": ({"sloth": {"dynamic_4bit": {"samples": "x"}}}, "dynamic_4bit.samples.*valid integer"),
+    "dynamic 16": ({"sloth": {"dynamic_4bit": {}}}, "adapter: 'lora' and load_in_4bit: None: needed are"),
+    "dynamic 8": (
+        {"sloth": {"dynamic_4bit": {}}, "load_in_8bit": True},
+        "load_in_4bit: None: needed are adapter: qlora",
+    ),
+    "dynamic two": (
+        QLORA | {"sloth": {"dynamic_4bit": {"plan": "a.json", "calibration": "b.txt"}}},
+        "plan and calibration under dynamic_4bit .* one of the two",
+    ),
+    "dynamic text": (
+        QLORA | {"sloth": {"dynamic_4bit": {"calibration": "b.txt"}}},
+        "calibration: 'b.txt' is no file",
+    ),
+    "dynamic plan": (
+        QLORA | {"sloth": {"dynamic_4bit": {"plan": "a.json"}}},
+        "plan: 'a.json' is no quantization plan",
+    ),
+    "dynamic skips": (
+        QLORA | {"sloth": {"dynamic_4bit": {}}, "bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
+        "llm_int8_skip_modules and dynamic_4bit .* name yours as keep",
+    ),
     "fsdp1": ({"fsdp": ["full_shard"], "fsdp_config": {}}, "FSDP1"),
 }
+DYNAMIC = """
+import os, sys, types
+import torch
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.dict import DictDefault
+from sloth_axolotl import _dynamic
+from sloth_axolotl.args import Dynamic4bit
+from torch import nn
+
+def refused(call, message):
+    try:
+        call()
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+cfg = DictDefault({"base_model": "nobody/nothing", "load_in_4bit": True, "output_dir": "nowhere"})
+refused(lambda: _dynamic._directory(cfg), "'nobody/nothing' is no directory, and its files are neither")
+refused(lambda: _dynamic.require(cfg), "only `axolotl train` measures a plan")
+for kind, own in (("llama", []), ("falcon_h1", ["out_proj"])):
+    assert _dynamic._axolotls_own(kind) == own
+rows = [{"input_ids": [i, i]} for i in range(9)]
+assert sorted(_dynamic._rows(rows, 99)) == [row["input_ids"] for row in rows]
+assert len(_dynamic._rows(rows, 4)) == 4 and len(_dynamic._rows(iter(rows), 4)) == 4
+assert _dynamic._rows([{"prompt": "a", "completion": "b"}], 1) == ["ab"]
+refused(lambda: _dynamic._rows([{"prompt": ["a"]}], 1), "only prompt: give calibration, a file")
+other = type("Other", (BasePlugin,), {"load_datasets": lambda self, cfg, preprocess=False: None})
+PluginManager.get_instance().plugins["other.Other"] = other()
+refused(lambda: _dynamic._datasets(cfg), "those of the plugin other.Other, which can't be asked twice")
+
+# The loaded model has one listed linear in 4 bits, and lacks another; "head" is trained.
+model = nn.ModuleDict({"x": nn.ModuleDict({n: nn.Linear(2, 2) for n in ("a", "b", "c", "head")})})
+model["x"]["a"].weight.quant_state = "of bitsandbytes"
+names = ["x.a", "x.b", "x.head", "lm_head"]
+model.config = types.SimpleNamespace(quantization_config=types.SimpleNamespace(llm_int8_skip_modules=names))
+cfg |= {"bnb_config_kwargs": {"llm_int8_skip_modules": names}, "torch_dtype": torch.bfloat16}
+cfg["lora_modules_to_save"] = ["head"]
+cfg = DictDefault(cfg)
+refused(lambda: _dynamic.check(cfg, Dynamic4bit(plan="p"), False, model), "'p' is of another model")
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    _dynamic.check(cfg, Dynamic4bit(), False, model)
+assert "2 linears that the plan keeps in 16 bits, such as x.a, are in 4 bits" in str(caught[0].message)
+_dynamic.narrow(cfg, model)
+assert [n for n, layer in model["x"].items() if layer.weight.dtype == torch.bfloat16] == ["b"]
+
+# What goes wrong in measuring leaves uniform NF4 with a warning, but in strict mode and for a user's mistake.
+import axolotl.loaders
+import sloth_plugins
+axolotl.loaders.load_tokenizer = lambda cfg: None
+data = types.SimpleNamespace(train_dataset=rows)
+for error, strict, raised in ((KeyError, 0, None), (KeyError, 1, KeyError), (ValueError, 0, ValueError)):
+    def fail(*args, **kwargs):
+        raise error("text")
+    sloth_plugins.plan_quantization = fail
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            assert _dynamic._measured(cfg, Dynamic4bit(), strict, "d", data) is None and raised is None
+            assert "uniform NF4, because planning failed: KeyError: 'text'" in str(caught[0].message)
+        except (KeyError, ValueError) as found:
+            assert type(found) is raised, found
+"""
 NOTES = """
 from axolotl.utils.dict import DictDefault
 from sloth_axolotl.plugin import THEIRS, settings_of
@@ -379,6 +592,11 @@ def test_configs(axolotl: Axolotl, example: Callable[..., dict[str, Any]]) -> No
     assert found["good dotted"][0]["sloth"]["kernels"] == "torch"
 
 
+def test_the_parts_of_dynamic_4bit(axolotl: Axolotl) -> None:
+    """What needs no model to be loaded: mistakes, rows, a model that is not as planned, a failing plan."""
+    axolotl.python(DYNAMIC, HF_HUB_OFFLINE="1")
+
+
 def test_the_name_needs_the_hook_and_the_dotted_form_none(axolotl: Axolotl) -> None:
     """Without torch's autoload 0.21 still finds the name; and what is loaded stays light."""
     code = (
@@ -401,3 +619,12 @@ def test_the_name_needs_the_hook_and_the_dotted_form_none(axolotl: Axolotl) -> N
         assert light and found["sloth_axolotl.SlothPlugin"] == "SlothPlugin"
         expected = "SlothPlugin" if hook == "1" or entry_points else "ValueError"
         assert found["sloth"] == expected, (hook, found)
+
+
+def test_torchs_hook_is_light(oldest: Axolotl) -> None:
+    """What every `import torch` in an environment with this package loads more. Counted, as times vary."""
+    code = "import sys, torch; print('RESULT' + ' '.join(sys.modules))"
+    with_hook, without = (
+        {*oldest.python(code, TORCH_DEVICE_BACKEND_AUTOLOAD=hook).split("RESULT")[1].split()} for hook in "10"
+    )
+    assert with_hook - without == {"sloth_plugins", "sloth_plugins._autoload"}

@@ -16,26 +16,30 @@ from sloth_plugins import Settings, _autoload
 
 pytest.importorskip("pydantic")
 from sloth_axolotl import _name
-from sloth_axolotl.args import SlothAxolotlArgs, SlothOptions, option_table
+from sloth_axolotl.args import Dynamic4bit, SlothAxolotlArgs, SlothOptions, option_table
 
 ADAPTER = ROOT / "adapters" / "axolotl"
 
 
 def test_every_setting_is_an_option_with_the_same_default() -> None:
     options = SlothOptions()
-    assert [*SlothOptions.model_fields] == [field.name for field in dataclasses.fields(Settings)]
+    settings = [field.name for field in dataclasses.fields(Settings)]
+    assert [*SlothOptions.model_fields] == [*settings, "dynamic_4bit"]
     assert options.settings() == Settings()
     assert SlothAxolotlArgs().sloth is None
 
 
 def test_options_become_settings_and_survive_axolotls_dump() -> None:
-    given = {"kernels": "torch", "memory_budget": "1.5GiB", "disable": "rope", "checkpointing": False}
+    given: dict[str, Any] = {"kernels": "torch", "memory_budget": "1.5GiB", "disable": "rope"}
+    given |= {"checkpointing": False, "dynamic_4bit": {"budget": 1.2, "keep": ["a.b"]}}
     options = SlothAxolotlArgs.model_validate({"sloth": given}).sloth
     assert options is not None
     expected = Settings(kernels="torch", memory_budget_bytes="1.5GiB", disable=["rope"], checkpointing="off")
     assert options.settings() == expected
     dumped = SlothAxolotlArgs(sloth=options).model_dump(exclude_none=True)
     assert SlothOptions.model_validate(dumped["sloth"]).settings() == expected
+    again = SlothOptions.model_validate(dumped["sloth"]).dynamic_4bit
+    assert again == options.dynamic_4bit == Dynamic4bit(budget=1.2, keep=["a.b"])
 
 
 def test_the_readmes_table_is_the_models() -> None:

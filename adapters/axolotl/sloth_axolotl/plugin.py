@@ -14,6 +14,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
 import sloth_plugins as sloth
+from sloth_axolotl import _dynamic
 from sloth_axolotl.args import SlothOptions
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -74,7 +75,9 @@ class SlothPlugin(BasePlugin):  # type: ignore[misc]
     def register(self, cfg: Any) -> None:
         """See the raw config: refuse what can't work, and keep Axolotl from switching its kernels on."""
         _refuse(cfg)
-        options = SlothOptions.model_validate(cfg.get("sloth") or {})
+        options = _options(cfg)
+        if options.dynamic_4bit is not None:
+            _dynamic.prepare(cfg, options.dynamic_4bit)
         ours = options.kernels != "off" and not {"lora_linear", "lora_mlp"} <= {*options.disable}
         # Axolotl switches them all on where none of them is given.
         if (ours or _no_gpu()) and cfg.get("adapter") and all(cfg.get(name) is None for name in LORA_KERNELS):
@@ -85,6 +88,35 @@ class SlothPlugin(BasePlugin):  # type: ignore[misc]
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Without a GPU transformers refuses bf16 unless it is told so."""
         return {"use_cpu": True} if _no_gpu() else None
+
+    @_of_the_first
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """The last hook before Axolotl decides how to quantize: plan that, if it is asked for.
+
+        Answers with Axolotl's own datasets where they were needed for it, so that they are loaded once.
+        """
+        options = _options(cfg)
+        if options.dynamic_4bit is None or preprocess:
+            return None
+        return _dynamic.choose(cfg, options.dynamic_4bit, options.strict)
+
+    @_of_the_first
+    def pre_model_load(self, cfg: Any) -> None:
+        """Refuse to load a model that should have a plan and has none."""
+        if _options(cfg).dynamic_4bit is not None:
+            _dynamic.require(cfg)
+
+    @_of_the_first
+    def post_model_build(self, cfg: Any, model: nn.Module) -> None:
+        """See that the model is stored as planned."""
+        options = _options(cfg)
+        if options.dynamic_4bit is not None:
+            _dynamic.check(cfg, options.dynamic_4bit, options.strict, model)
+
+    @_of_the_first
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Undo PEFT's cast of linears that stay in 16 bits to float32."""
+        _dynamic.narrow(cfg, model)
 
     @_of_the_first
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
@@ -107,6 +139,8 @@ class SlothPlugin(BasePlugin):  # type: ignore[misc]
         if any(isinstance(callback, ReportingCallback) for callback in handler.callbacks):
             return
         settings, notes = settings_of(cfg)
+        if (dynamic := _options(cfg).dynamic_4bit) is not None:
+            notes.append(f"dynamic_4bit: {_dynamic.known(cfg, dynamic) or 'not planned, so uniform NF4'}")
         if isinstance(reference := getattr(trainer, "ref_model", None), nn.Module):
             _accelerate(reference, settings)
         callback = ReportingCallback(settings, notes, Path(cfg.output_dir))
@@ -125,13 +159,17 @@ def _accelerate(model: nn.Module, settings: sloth.Settings) -> None:
         _warn(f"the model is left as it is, because patching failed: {type(error).__name__}: {error}")
 
 
+def _options(cfg: Mapping[str, Any]) -> SlothOptions:
+    return SlothOptions.model_validate(cfg.get("sloth") or {})
+
+
 def _warn(message: str) -> None:
     warnings.warn(f"sloth: {message}", stacklevel=4)
 
 
 def settings_of(cfg: Mapping[str, Any]) -> tuple[sloth.Settings, list[str]]:
     """The Settings of a validated config, less what Axolotl's own options do; one line on each of those."""
-    options = SlothOptions.model_validate(cfg.get("sloth") or {})
+    options = _options(cfg)
     disable, changes, notes = {*options.disable}, {}, []
     for name, ops in THEIRS.items():
         if not cfg.get(name):
