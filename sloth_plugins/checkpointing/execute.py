@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -478,7 +479,79 @@ class Automatic:
         self.device = next(model.parameters()).device
         self.record.update({"chosen": "to be planned at the first batch", "plans": 0})
         self._say_why()
-        return before_training_forwards(model, self.running, self._before_forward)
+        end = before_training_forwards(model, self.running, self._before_forward)
+        free = self._repeat_without_memory(watched(model))
+
+        def undo() -> None:
+            free()
+            end()
+
+        return undo
+
+    def _repeat_without_memory(self, module: nn.Module) -> Callable[[], None]:
+        """A training forward that runs out of memory is planned anew with less and run once more: until its
+        end nothing is changed but the random state, which is put back. Gives the function that ends this."""
+        if "forward" in module.__dict__:
+            return lambda: None  # somebody's own, which may not be called twice
+        alive = weakref.ref(module)
+
+        # As the engine's forwards: a function that a copy of the model shares, and that is the class's there.
+        @functools.wraps(type(module).forward)
+        def forward(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            inner = functools.partial(type(this).forward, this)
+            planned = self.plan is not None and this is alive() and not torch.compiler.is_compiling()
+            if not (planned and this.training and torch.is_grad_enabled()):
+                return inner(*args, **kwargs)
+            state = _random_state(self.device)
+            try:
+                return inner(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                self._plan_with_less(error)
+            # Here the exception and the tensors in its frames are gone.
+            self.running.begin()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _put_back(state, self.device)
+            try:
+                return inner(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                error.add_note(f"sloth: this was the forward's second try. {self._least()}")
+                raise
+
+        ours = module.__dict__["forward"] = MethodType(forward, module)
+
+        def undo() -> None:
+            target = alive()
+            if target is not None and target.__dict__.get("forward") is ours:
+                del target.__dict__["forward"]
+            self.plan = None  # whoever wrapped it since gets what was there
+
+        return undo
+
+    def _least(self) -> str:
+        assert self.plan is not None and self.rates is not None
+        least = smallest_budget_bytes(self.facts, self.plan.shape, self.rates, tiles=self.tiles)
+        shape = self.plan.shape
+        return f"{shape.batch} x {shape.seq} tokens need at least {gib(least)} by the plan's arithmetic"
+
+    def _plan_with_less(self, error: torch.OutOfMemoryError) -> None:
+        """A plan for nine tenths of what this one was to take; with a note, `error` goes on where none is
+        left."""
+        assert self.plan is not None and self.rates is not None
+        shape, before = self.plan.shape, self.plan.peak_bytes + self.plan.margin_bytes
+        try:
+            chosen = plan(self.facts, shape, int(0.9 * before), self.rates, tiles=self.tiles)
+        except BadInputError:
+            least = smallest_budget_bytes(self.facts, shape, self.rates, tiles=self.tiles)
+            if least >= before:
+                error.add_note(f"sloth: there is no plan with less memory. {self._least()}")
+                raise error from None
+            chosen = plan(self.facts, shape, least, self.rates, tiles=self.tiles)
+        self.budget = min(self.budget, int(0.9 * before))
+        said = f"out of memory in a forward under a plan for {gib(before)}: planned anew for less"
+        warnings.warn(f"sloth: {said} ({chosen}), and the forward is repeated", stacklevel=3)
+        self.record["note"] = said
+        self._use(chosen)
 
     def _say_why(self) -> None:
         self.record["reason"] = f"memory_budget_bytes={gib(self.budget)}"
@@ -523,6 +596,9 @@ class Automatic:
             chosen = plan(facts, shape, least, rates, tiles=self.tiles)
             warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
             self.record["note"] = str(error)
+        self._use(chosen)
+
+    def _use(self, chosen: CheckpointPlan) -> None:
         self.plan = chosen
         self.running.use(chosen)
         self._say_why()
@@ -535,3 +611,13 @@ class Automatic:
                 "plan": chosen.to_dict(),
             }
         )
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _put_back(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

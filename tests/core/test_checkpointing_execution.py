@@ -323,6 +323,102 @@ def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one() -> 
     same(step(model, ids()), want)
 
 
+def failing(model: Any, times: int, layer: int = 2) -> Any:
+    """A handle: the MLP of a layer runs out of memory so many times."""
+    left = [times]
+
+    def fail(*_: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    mlp = next(m for n, m in model.named_modules() if n.endswith(f"layers.{layer}.mlp"))
+    return mlp.register_forward_pre_hook(fail)
+
+
+def test_a_forward_without_memory_is_planned_anew_and_repeated() -> None:
+    """Once: the same bits as without it, dropout too, then and in the steps that follow."""
+    model = llama(4, 0.3)
+    want = step(model, ids())
+    with sloth.accelerate(model, kernels="off", memory_budget_bytes=budget(model, 0.9)) as acceleration:
+        record = acceleration.report.checkpointing
+        same(step(model, ids()), want)
+        before = record["predicted_peak_bytes"]
+        handle = failing(model, 1)
+        with pytest.warns(UserWarning, match="out of memory in a forward under a plan for .*repeated"):
+            same(step(model, ids()), want)
+        handle.remove()
+        assert record["predicted_peak_bytes"] < 0.95 * before and "planned anew" in record["note"]
+        same(step(model, ids()), want)
+        clone = copy.deepcopy(model)
+        same(step(clone, ids()), want)
+        handle = failing(clone, 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(clone, ids())
+        handle = failing(model, 2)
+        with pytest.raises(torch.OutOfMemoryError) as raised, pytest.warns(UserWarning, match="repeated"):
+            step(model, ids())
+        assert "2 x 12 tokens need at least" in raised.value.__notes__[0]
+        handle.remove()
+        same(step(model, ids()), want)
+    assert "forward" not in execute.watched(model).__dict__
+    same(step(model, ids()), want)
+
+
+def test_where_no_smaller_plan_is_left_the_error_says_so() -> None:
+    model = llama(4)
+    with sloth.accelerate(model, kernels="off", memory_budget_bytes=budget(model, 0.0)):
+        step(model, ids())
+        handle = failing(model, 1)
+        with pytest.raises(torch.OutOfMemoryError) as raised:
+            step(model, ids())
+        assert "there is no plan with less memory" in raised.value.__notes__[0]
+        handle.remove()
+        step(model, ids())
+
+
+@pytest.mark.parametrize("layers", [("offload",) * 3 + ("keep",), MIXED])
+def test_a_second_backward_and_generation_between(layers: tuple[str, ...]) -> None:
+    model = llama(4, 0.3)
+    want = step(model, ids())
+    undo = planned(model, layers).apply(model)
+    torch.manual_seed(3)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    model.eval()
+    made = model.generate(input_ids=ids()[:, :4], max_new_tokens=4, do_sample=False)
+    model.train()
+    loss.backward(retain_graph=True)
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss.backward()
+    same((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), want)
+    undo()
+    model.eval()
+    assert torch.equal(made, model.generate(input_ids=ids()[:, :4], max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_interrupt_leaves_nothing(where: str) -> None:
+    model = llama(4, 0.3)
+    want = step(model, ids())
+    undo = planned(model, MIXED).apply(model)
+    mlp = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp"))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    register = mlp.register_forward_pre_hook if where == "forward" else mlp.register_full_backward_hook
+    handle = register(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, ids())
+    handle.remove()
+    gc.collect()
+    assert not any(isinstance(thing, execute._Entry) for thing in gc.get_objects())
+    same(step(model, ids()), want)
+    undo()
+    same(step(model, ids()), want)
+
+
 @pytest.mark.filterwarnings("ignore:sloth")
 def test_gradients_that_accumulate_are_planned_for() -> None:
     model = llama(4)
