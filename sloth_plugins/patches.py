@@ -327,7 +327,7 @@ def _recorded(trial: Trial, site: Site) -> tuple[torch.Tensor, ...]:
         return helper(*args, **kwargs)
 
     replay = trial.replay(site.module)
-    with torch.no_grad():
+    with torch.no_grad(), replay.context():
         _with_helper(original, site.facts["helper"], record)(module, *replay.args, **replay.kwargs)
     if not calls:
         raise NotASite("this layer applies no rotary embedding", benign=True)

@@ -31,10 +31,15 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """The arguments with which the model called a module, and the module's dtype context."""
+    """The arguments with which the model called a module, and the autocast (device, dtype) that it ran in."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    autocast: tuple[str, torch.dtype] | None = None
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What the call has to be repeated in."""
+        return contextlib.nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
 
 
 @dataclass(kw_only=True)
@@ -153,7 +158,8 @@ def compare_calls(original: Function, patched: Function, module: nn.Module, repl
         # Gradients of large weights would cost memory and prove nothing that the input's gradient doesn't.
         parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.numel() <= 2**20]
         with torch.enable_grad():
-            outputs = [o for o in _flat(function(*args, **kwargs)) if o.is_floating_point()]
+            with replay.context():
+                outputs = [o for o in _flat(function(*args, **kwargs)) if o.is_floating_point()]
             wanted = leaves + [p for _, p in parameters]
             total = sum((o.float() * _ramp(o)).sum() for o in outputs if o.requires_grad)
         grads: Sequence[torch.Tensor | None] = ()
@@ -232,7 +238,8 @@ def _verify_by_replay(patch: Patch, trial: Trial) -> tuple[Comparison, ...]:
         def run(**given: torch.Tensor) -> Any:
             clone = stand_in(module, {})
             clone.__dict__["_parameters"].update({name: given[name] for name in given if name not in inputs})
-            return function(clone, *(given[name] for name in inputs), **replay.kwargs)
+            with replay.context():
+                return function(clone, *(given[name] for name in inputs), **replay.kwargs)
 
         return run
 
@@ -254,7 +261,32 @@ class _Captured(BaseException):
 def capture(
     model: nn.Module, names: Sequence[str], device: torch.device, generator: torch.Generator
 ) -> tuple[dict[str, Replay], str]:
-    """Run the model on a few random tokens; returns how it called `names` and, if it failed, why."""
+    """Run the model on a few random tokens; returns how it called `names` and, if it failed, why.
+
+    A model that only autocast lets run (norms in float32 above linears in bfloat16) is run in it.
+    """
+    get: Any = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    vocabulary = min(getattr(embedding, "num_embeddings", None) or 100, 1000)
+    ids = torch.randint(0, vocabulary, (2, 8), generator=generator, device=generator.device).to(device)
+
+    def run() -> None:
+        try:
+            model(input_ids=ids, use_cache=False)
+        except TypeError:
+            model(input_ids=ids)
+
+    autocast = None
+    own = {(p.dtype, p.dim() > 1) for name, p in model.named_parameters() if ".lora_" not in name}
+    low = [dtype for dtype in (torch.bfloat16, torch.float16) if (dtype, True) in own]
+    if low and any(dtype == torch.float32 for dtype, _ in own):
+        try:
+            with torch.no_grad():
+                run()
+        except RuntimeError:
+            autocast = (device.type, low[0])
+        except Exception:  # the same below, which says why
+            pass
     replays: dict[str, Replay] = {}
     handles = []
 
@@ -262,24 +294,18 @@ def capture(
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in replays:
                 cloned_args, cloned_kwargs = _leaves((args, kwargs), None)
-                replays[name] = Replay(args=cloned_args, kwargs=cloned_kwargs)
+                replays[name] = Replay(args=cloned_args, kwargs=cloned_kwargs, autocast=autocast)
             if len(replays) == len(set(names)):
                 raise _Captured
 
         return keep
 
-    get: Any = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    vocabulary = min(getattr(embedding, "num_embeddings", None) or 100, 1000)
-    ids = torch.randint(0, vocabulary, (2, 8), generator=generator, device=generator.device).to(device)
     try:
         for name in set(names):
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True))
-        with torch.no_grad():
-            try:
-                model(input_ids=ids, use_cache=False)
-            except TypeError:
-                model(input_ids=ids)
+        context = contextlib.nullcontext() if autocast is None else torch.autocast(*autocast)
+        with torch.no_grad(), context:
+            run()
     except _Captured:
         pass
     except (

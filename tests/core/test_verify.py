@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 from torch import nn
 
+import sloth_plugins as sloth
+from sloth_plugins.numerics import relative_error
 from sloth_plugins.verify import Replay, VerificationError, compare_calls, undisturbed
 
 
@@ -45,3 +48,30 @@ def test_a_forward_that_raises_leaves_flags_and_random_states() -> None:
         raise ValueError("inside")
     assert model.training and model[0].training and not model[1].training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_a_model_that_only_autocast_lets_run_is_proven_in_it(family: str) -> None:
+    """Norms in float32 above linears in bfloat16: every site patched, and a step is eager's to bfloat16."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.float()
+    ids = torch.randint(3, 60, (2, 12))
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(input_ids=ids)
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+    want = step()
+    with sloth.accelerate(model) as acceleration:
+        assert not acceleration.report.skipped and len(acceleration.report.patched) >= 10
+        got = step()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype
+        assert relative_error(got[name], value.double()) < 0.03, name
