@@ -958,8 +958,9 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
-    python(SPAWN, tmp_path, str(tmp_path))  # two processes that print at once mix their lines
-    assert {file.name: file.read_text() for file in tmp_path.glob("ended-*")} == {"ended-0": "2", "ended-1": "2"}
+    python(SPAWN, tmp_path, arguments=(str(tmp_path),))
+    ended = {file.name: file.read_text() for file in tmp_path.glob("ended-*")}
+    assert ended == {"ended-0": "2", "ended-1": "2"}  # in files: two that print at once mix their lines
 
 
 SHARDED = """

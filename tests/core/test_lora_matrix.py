@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from helpers import ForwardCalls, batch, counting_kernels, loss_and_gradients, patched_ops, reasons
