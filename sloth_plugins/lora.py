@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -351,17 +352,20 @@ class _Maker:
             site, "lora_mlp"
         )
         activation = site.facts["activation"]
-        prove = partial(_prove_mlp, names=names, kernel=kernel, activation=activation)
+        settings = self.context.settings
+        planned = settings.memory_budget_bytes is not None or not isinstance(settings.checkpointing, str)
+        tiled = planned and "tile" in inspect.signature(kernel.function).parameters
+        prove = partial(_prove_mlp, names=names, kernel=kernel, activation=activation, tiled=tiled)
         proven = self.proven(site.module, "lora_mlp", children, prove)
         otherwise = gated.forwards[site.module]
-        forward = _mlp_forward(module, names, kernel, activation, otherwise, self.said, proven)
+        forward = _mlp_forward(module, names, kernel, activation, otherwise, self.said, proven, tiled)
         return Patch(
             module=site.module,
             op="lora_mlp",
             kernel=kernel,
             forwards={site.module: forward},
             signature=(
-                *("lora_mlp", kernel.name, type(module), names, activation),
+                *("lora_mlp", kernel.name, type(module), names, activation, tiled),
                 *(layer.signature for layer in children),
             ),
             verify=partial(_verify, site=site.module, names=[layer.name for layer in children], prove=prove),
@@ -731,12 +735,17 @@ def _mlp_forward(
     otherwise: Forward,
     said: set[str],
     proven: _Proven | None,
+    tiled: bool = False,
 ) -> Forward:
-    """The forward of a gated MLP with LoRA; `otherwise` serves the calls that it can't."""
+    """The forward of a gated MLP with LoRA; `otherwise` serves the calls that it can't.
+
+    tiled: with an attribute `again(module, x, tile)`, which gives the same and keeps x alone (see
+    `sloth_kernels.lora.lora_mlp`), or None where `otherwise` has to serve the call.
+    """
     read, takes, function = _reader(said), _takes(kernel), kernel.function
     (argument,) = (p.name for p in positional_parameters(type(module).forward)[:1])
 
-    def fused(mlp: nn.Module, x: torch.Tensor) -> Any:
+    def fused(mlp: nn.Module, x: torch.Tensor, **options: int) -> Any:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
         children = mlp._modules
         items, dtypes = [], set()
@@ -753,7 +762,8 @@ def _mlp_forward(
                 if not proven(i, item[0].adapter, lambda: [mlp.get_submodule(n) for n in names], mlp):
                     return None
         gate, up, down = (item[0] for item in items)
-        y = function(x if x.dtype == dtype else x.to(dtype), gate, up, down, activation=activation)
+        given = x if x.dtype == dtype else x.to(dtype)
+        y = function(given, gate, up, down, activation=activation, **options)
         # A Linear4bit gives its input's dtype back.
         kept = x.dtype != dtype and items[2][1] is not None and (items[0][1] or items[1][1]) is not None
         return y.to(x.dtype) if kept else y
@@ -765,6 +775,12 @@ def _mlp_forward(
         result = fused(self, x)
         return otherwise(self, x) if result is None else result
 
+    def again(self: nn.Module, x: Any, tile: int) -> Any:
+        if torch.compiler.is_compiling() or not _served(x, takes):
+            return None
+        return fused(self, x, tile=tile)
+
+    vars(forward)["again"] = again if tiled else None
     return named_like(forward, module)
 
 
@@ -949,6 +965,7 @@ def _blocksize(layer: _Layer) -> int:
 def _counted(kernel: KernelSpec) -> tuple[KernelSpec, list[int]]:
     calls: list[int] = []
 
+    @wraps(kernel.function)
     def function(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return kernel.function(*args, **kwargs)
@@ -1012,6 +1029,7 @@ def _prove_mlp(
     names: tuple[str, str, str],
     kernel: KernelSpec,
     activation: str,
+    tiled: bool,
 ) -> list[Comparison]:
     wide, narrow = layers[0].shape
     wide = _at_most(wide, narrow, *layers)
@@ -1026,8 +1044,15 @@ def _prove_mlp(
         return kernel.reference(x, *proof.projections(leaves), activation=activation)
 
     own = type(mlp).forward
-    patched = _mlp_forward(mlp, names, counted, activation, own, set(), None)
-    return _prove(trial, proof, partial(original, own), partial(original, patched), truth, calls)
+    patched = _mlp_forward(mlp, names, counted, activation, own, set(), None, tiled)
+    comparisons = _prove(trial, proof, partial(original, own), partial(original, patched), truth, calls)
+    if tiled:
+
+        def again(module: nn.Module, x: torch.Tensor) -> Any:
+            return vars(patched)["again"](module, x, TOKENS // 2 + 1)
+
+        comparisons += _prove(trial, proof, partial(original, own), partial(original, again), truth, calls)
+    return comparisons
 
 
 __all__ = ["with_lora"]

@@ -559,10 +559,12 @@ def _adapter_gradients(
     done: _Pass,
     needs: Sequence[bool],
     known: Sequence[torch.Tensor | None] = (),
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor | None]:
     """dA, dB, dbias of every adapter and of the layers' own biases, as far as they are needed. x: (T, K).
 
-    known: gradients that have been computed already, in the places of `tensors`.
+    known: gradients that have been computed already, in the places of `tensors`. dtype: theirs, where it is
+    not the tensors' own.
     """
     result = list(known) or [None] * len(tensors)
     step = TENSORS_A_PROJECTION
@@ -575,7 +577,7 @@ def _adapter_gradients(
         if not wanted:
             continue
         assert done.q is not None
-        dtypes = {tensor.dtype for i in wanted if (tensor := tensors[i * step]) is not None}
+        dtypes = {dtype or tensor.dtype for i in wanted if (tensor := tensors[i * step]) is not None}
         together = tall_matmul(
             x.to(done.q.dtype),
             done.q[:, run.start : run.stop],
@@ -592,20 +594,20 @@ def _adapter_gradients(
         grad = done.grads[i]
         if i in das:
             assert a is not None
-            result[first] = das[i].to(a.dtype)
+            result[first] = das[i].to(dtype or a.dtype)
         if slot.rank and needs[first + 1] and result[first + 1] is None:
             assert b is not None and p is not None
             result[first + 1] = tall_matmul(
                 grad.to(p.dtype),
                 _own(p, slot),
                 transposed=False,
-                dtype=b.dtype,
+                dtype=dtype or b.dtype,
                 fused=group.fused,
             )
         for offset, scale in ((2, slot.scaling), (3, 1.0)):
             target = tensors[first + offset]
             if needs[first + offset] and target is not None:
-                result[first + offset] = (grad.sum(0, dtype=torch.float32) * scale).to(target.dtype)
+                result[first + offset] = (grad.sum(0, dtype=torch.float32) * scale).to(dtype or target.dtype)
     return result
 
 
@@ -646,6 +648,119 @@ class _LoraLinear(torch.autograd.Function):
         return None if done.dx is None else done.dx.view(x.shape), None, *found
 
 
+def _mlp_down(
+    last: _Group,
+    seeds: torch.Tensor | None,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    tensors: Sequence[torch.Tensor | None],
+    ahead: _Ahead | None,
+    buffers: _Buffers | None,
+    fused: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, P of down) from gate(x) and up(x)."""
+    width = last.row if last.extended else last.k
+    extended = torch.empty((gate.shape[0], width), dtype=gate.dtype, device=gate.device)
+    hidden = extended[:, : last.k]
+    gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
+    (y,), p = _group_forward(
+        *(last, seeds, hidden, tensors),
+        extended_x=extended if last.extended else None,
+        buffers=ahead.result() if ahead is not None else buffers,
+    )
+    return y, p
+
+
+class _Saved(NamedTuple):
+    """What the backward of some rows of an MLP starts from."""
+
+    x: torch.Tensor
+    p: torch.Tensor | None
+    gate: torch.Tensor
+    up: torch.Tensor
+    p_last: torch.Tensor | None
+    seeds: torch.Tensor | None
+    last_seeds: torch.Tensor | None
+
+
+def _mlp_gradients(
+    first: _Group,
+    last: _Group,
+    activation: str,
+    saved: _Saved,
+    tensors: Sequence[torch.Tensor | None],
+    grad: torch.Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+    buffers: tuple[_Buffers, _Buffers] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """(dx, the gradients of `tensors`); buffers: of both groups, else they are expanded here; dtype: of the
+    gradients of `tensors`, where it is not their own."""
+    x, p, gate, up, p_last, seeds, last_seeds = saved
+    step = TENSORS_A_PROJECTION
+    ours, theirs = tensors[:-step], tensors[-step:]
+    ahead = _Ahead(first, x, ours) if buffers is None else None
+    tail = _input_gradient(
+        *(last, last_seeds, x.shape[0], x, theirs, [grad]),
+        needs_x=True,
+        masked=False,
+        ahead=ahead,
+        buffers=None if buffers is None else buffers[1],
+    )
+    assert tail.dx is not None
+    joint = _gradient_buffer(first, x.shape[0], x) if first.extended else None
+    width = gate.shape[1]
+    if joint is None:
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    else:
+        dgate, dup = joint[:, :width], joint[:, width : 2 * width]
+    masks = last.runs[0].masks(last_seeds) if last.runs else None
+    of_rank = [tensors[i] for i in (2 * step, 1, step + 1)]  # A of down, B of gate, B of up
+    dtypes = {dtype or t.dtype for t in of_rank if t is not None}
+    low = [
+        None if p is None or not slot.rank or not needs[i * step + 1] else _own(p, slot)
+        for i, slot in enumerate(first.slots)
+    ]
+    q_wanted = tail.q is not None and (needs[2 * step] or masks is not None)
+    da, *dbs = activated_tall(
+        *(dgate, dup, tail.dx, gate, up),
+        tail.q if q_wanted else None,
+        tail.rows if masks is not None else None,
+        low,
+        activation=activation,
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        dropout=masks,
+        fused=first.fused,
+    )
+    if da is not None:
+        da = da[: last.slots[0].rank]
+    da, *dbs = (
+        None if t is None or own is None else t.to(dtype or own.dtype)
+        for t, own in zip((da, *dbs), of_rank, strict=True)
+    )
+    tail = tail._replace(dx=None)
+    found_last = _adapter_gradients(
+        *(last, last_seeds, x, theirs, p_last, tail, needs[2 * step :]),
+        known=[da if needs[2 * step] else None, None, None, None],
+        dtype=dtype,
+    )
+    del tail
+    done = _input_gradient(
+        *(first, seeds, x.shape[0], x, ours, [dgate, dup]),
+        needs_x=needs_x,
+        joint=joint,
+        buffers=ahead.result() if ahead is not None else buffers[0] if buffers is not None else None,
+    )
+    found = _adapter_gradients(
+        *(first, seeds, x, ours, p, done, needs[: 2 * step]),
+        known=[None, dbs[0], None, None, None, dbs[1], None, None],
+        dtype=dtype,
+    )
+    return done.dx, [*found, *found_last]
+
+
 class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -661,17 +776,7 @@ class _LoraMLP(torch.autograd.Function):
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ahead = _Ahead(last, rows, theirs)
         (gate, up), p = _group_forward(first, seeds, rows, ours, together=True, ahead=ahead)
-        extended = torch.empty(
-            (rows.shape[0], last.row if last.extended else last.k), dtype=x.dtype, device=x.device
-        )
-        hidden = extended[:, : last.k]
-
-        gated_activation_fwd_into(hidden, gate, up, activation, fused=first.fused)
-        (y,), p_last = _group_forward(
-            *(last, last_seeds, hidden, theirs),
-            extended_x=extended if last.extended else None,
-            buffers=ahead.result(),
-        )
+        y, p_last = _mlp_down(last, last_seeds, gate, up, activation, theirs, ahead, None, first.fused)
         ctx.first, ctx.last, ctx.activation = first, last, activation
         ctx.save_for_backward(x, p, gate, up, p_last, seeds, last_seeds, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -684,62 +789,97 @@ class _LoraMLP(torch.autograd.Function):
             reference = functools.partial(_flat_mlp_reference, first, last, seeds, last_seeds, ctx.activation)
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
             return dx, None, None, None, *rest
-        shape, x, grad = x.shape, as_matrix(x), as_matrix(grad)
-        step = TENSORS_A_PROJECTION
-        ours, theirs = tensors[:-step], tensors[-step:]
-        needs = ctx.needs_input_grad[4:]
-        ahead = _Ahead(first, x, ours)
-        tail = _input_gradient(
-            *(last, last_seeds, x.shape[0], x, theirs, [grad]), needs_x=True, masked=False, ahead=ahead
+        saved = _Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)
+        needs = ctx.needs_input_grad
+        dx, found = _mlp_gradients(
+            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[4:]
         )
-        assert tail.dx is not None
-        joint = _gradient_buffer(first, x.shape[0], x) if first.extended else None
-        width = gate.shape[1]
-        if joint is None:
-            dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        else:
-            dgate, dup = joint[:, :width], joint[:, width : 2 * width]
-        masks = last.runs[0].masks(last_seeds) if last.runs else None
-        of_rank = [tensors[i] for i in (2 * step, 1, step + 1)]  # A of down, B of gate, B of up
-        dtypes = {t.dtype for t in of_rank if t is not None}
-        low = [
-            None if p is None or not slot.rank or not needs[i * step + 1] else _own(p, slot)
-            for i, slot in enumerate(first.slots)
-        ]
-        q_wanted = tail.q is not None and (needs[2 * step] or masks is not None)
-        da, *dbs = activated_tall(
-            *(dgate, dup, tail.dx, gate, up),
-            tail.q if q_wanted else None,
-            tail.rows if masks is not None else None,
-            low,
-            activation=ctx.activation,
-            dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
-            dropout=masks,
-            fused=first.fused,
-        )
-        if da is not None:
-            da = da[: last.slots[0].rank]
-        da, *dbs = (
-            None if t is None or own is None else t.to(own.dtype)
-            for t, own in zip((da, *dbs), of_rank, strict=True)
-        )
-        tail = tail._replace(dx=None)
-        found_last = _adapter_gradients(
-            *(last, last_seeds, x, theirs, p_last, tail, needs[2 * step :]),
-            known=[da if needs[2 * step] else None, None, None, None],
-        )
-        del tail
-        done = _input_gradient(
-            *(first, seeds, x.shape[0], x, ours, [dgate, dup]),
-            needs_x=ctx.needs_input_grad[0],
-            joint=joint,
-            buffers=ahead.result(),
-        )
-        found = _adapter_gradients(
-            *(first, seeds, x, ours, p, done, needs[: 2 * step]),
-            known=[None, dbs[0], None, None, None, dbs[1], None, None],
-        )
-        return None if done.dx is None else done.dx.view(shape), None, None, None, *found, *found_last
+        return None if dx is None else dx.view(x.shape), None, None, None, *found
+
+
+class _LoraMLPAgain(torch.autograd.Function):
+    """_LoraMLP in tiles of rows that keeps x and P of down: gate and up of a tile are made again when its
+    gradients are.
+
+    Both groups are expanded once a pass. Sums over tiles are in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        first: _Group,
+        last: _Group,
+        activation: str,
+        tile: int,
+        *tensors: torch.Tensor | None,
+    ) -> Any:
+        rows = as_matrix(x)
+        parts = rows.split(tile)
+        ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
+        of_first = _buffers(first, rows, ours)
+        of_last = _buffers(last, rows, theirs) if len(parts) > 1 else None
+        made, low = [], []
+        seeds: list[torch.Tensor | None] = []
+        for part in parts:
+            own = first.seeds(x.device), last.seeds(x.device)
+            ahead = _Ahead(last, part, theirs) if of_last is None else None
+            (gate, up), _ = _group_forward(
+                first, own[0], part, ours, together=True, buffers=of_first, ahead=ahead
+            )
+            y, p = _mlp_down(last, own[1], gate, up, activation, theirs, ahead, of_last, first.fused)
+            del gate, up
+            made.append(y)
+            low.append(p)
+            seeds.extend(own)
+        ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
+        ctx.save_for_backward(x, *low, *seeds, *tensors)
+        y = made[0] if len(made) == 1 else torch.cat(made)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, *saved = ctx.saved_tensors
+        first, last, activation, needs = ctx.first, ctx.last, ctx.activation, ctx.needs_input_grad
+        rows, grads = as_matrix(x), as_matrix(grad)
+        parts = rows.split(ctx.tile)
+        low, seeds, tensors = saved[: len(parts)], saved[len(parts) : 3 * len(parts)], saved[3 * len(parts) :]
+        pairs = list(zip(seeds[::2], seeds[1::2], strict=True))
+        if wants_graph():
+
+            def reference(x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+                outs = [
+                    _flat_mlp_reference(first, last, *pair, activation, part, *tensors)
+                    for pair, part in zip(pairs, as_matrix(x).split(ctx.tile), strict=True)
+                ]
+                return torch.cat(outs).view(*x.shape[:-1], outs[0].shape[-1])
+
+            dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
+            return dx, None, None, None, None, *rest
+        ours = tensors[:-TENSORS_A_PROJECTION]
+        several = len(parts) > 1
+        buffers = _buffers(first, rows, ours), _buffers(last, rows, tensors[-TENSORS_A_PROJECTION:])
+        dxs: list[torch.Tensor] = []
+        total: list[torch.Tensor | None] = [None] * len(tensors)
+        for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
+            (gate, up), p = _group_forward(first, pair[0], part, ours, together=True, buffers=buffers[0])
+            dx, found = _mlp_gradients(
+                *(first, last, activation, _Saved(part, p, gate, up, p_last, *pair), tensors, own),
+                needs[0],
+                needs[5:],
+                buffers,
+                torch.float32 if several else None,
+            )
+            if dx is not None:
+                dxs.append(dx)
+            total = [
+                new if old is None else old if new is None else old.add_(new)
+                for old, new in zip(total, found, strict=True)
+            ]
+        if several:
+            total = [None if t is None else t.to(own.dtype) for t, own in zip(total, tensors, strict=True)]
+        joined = None if not dxs else (torch.cat(dxs) if several else dxs[0]).view(x.shape)
+        return joined, None, None, None, None, *total
 
 
 def _own(columns: torch.Tensor, slot: _Slot) -> torch.Tensor:
@@ -841,6 +981,7 @@ def lora_mlp(
     *,
     activation: str,
     fused: bool = True,
+    tile: int | None = None,
 ) -> torch.Tensor:
     """down(act(gate(x)) * up(x)) as one function; keeps x, gate(x) and up(x) for the backward.
 
@@ -849,16 +990,22 @@ def lora_mlp(
         gate, up: (I, K); down: (N, I).
         activation: "silu", "gelu_tanh" or "gelu" (by erf).
         fused: see `lora_linear`.
+        tile: tokens that are in the MLP at a time, 1 or more: only x is kept, and a tile's gate(x) and
+            up(x) are made again in the backward. One tile gives the bits of None; sums over several round
+            otherwise, and each has dropout masks of its own.
 
     Returns:
         (..., N) in x.dtype.
 
     Raises:
-        ValueError: for another activation, shapes that don't fit, and a dropout outside [0, 1).
+        ValueError: for another activation, shapes that don't fit, a tile below 1, and a dropout outside
+            [0, 1).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: allowed are {', '.join(map(repr, ACTIVATIONS))}")
     _check(x, [gate, up])
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile={tile!r}: allowed is a whole number from 1")
     inner = gate.weight.shape[0]
     if up.weight.shape[0] != inner or down.weight.shape[1] != inner:
         raise ValueError(
@@ -870,7 +1017,12 @@ def lora_mlp(
         return lora_mlp_reference(x, gate, up, down, activation=activation)
     first = _group(x, [gate, up], fused)
     last = _group(x.new_empty(0, inner), [down], fused)
-    result: torch.Tensor = _LoraMLP.apply(x, first, last, activation, *_tensors([gate, up, down]))
+    tensors = _tensors([gate, up, down])
+    result: torch.Tensor
+    if tile is None:
+        result = _LoraMLP.apply(x, first, last, activation, *tensors)
+    else:
+        result = _LoraMLPAgain.apply(x, first, last, activation, tile, *tensors)
     return result
 
 

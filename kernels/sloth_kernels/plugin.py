@@ -47,10 +47,16 @@ def lora_linear_without_triton(
 
 
 def lora_mlp_without_triton(
-    x: torch.Tensor, gate: lora.Projection, up: lora.Projection, down: lora.Projection, *, activation: str
+    x: torch.Tensor,
+    gate: lora.Projection,
+    up: lora.Projection,
+    down: lora.Projection,
+    *,
+    activation: str,
+    tile: int | None = None,
 ) -> torch.Tensor:
     """lora.lora_mlp by PyTorch's operators."""
-    return lora.lora_mlp(x, gate, up, down, activation=activation, fused=False)
+    return lora.lora_mlp(x, gate, up, down, activation=activation, fused=False, tile=tile)
 
 
 OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (

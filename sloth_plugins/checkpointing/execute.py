@@ -208,13 +208,12 @@ class _Ours:
 
 
 def _with_mlp_again(mlp: nn.Module, tile: int | None, function: Callable[..., Any], *args: Any) -> Any:
-    """A layer's forward with an MLP that is checkpointed, in tiles of so many tokens if `tile` is given.
+    """A layer's forward with an MLP that is recomputed, in tiles of so many tokens if `tile` is given.
 
     The MLP's forward is what it was afterwards.
     """
     inner, before = mlp.forward, mlp.__dict__.get("forward", _ABSENT)
-    again = functools.partial(checkpoint, inner, use_reentrant=False)
-    mlp.__dict__["forward"] = again if tile is None else functools.partial(_in_tiles, again, tile)
+    mlp.__dict__["forward"] = functools.partial(_again, mlp, inner, tile)
     try:
         return function(*args)
     finally:
@@ -224,12 +223,24 @@ def _with_mlp_again(mlp: nn.Module, tile: int | None, function: Callable[..., An
             mlp.__dict__["forward"] = before
 
 
-def _in_tiles(forward: Callable[..., Any], tile: int, x: torch.Tensor, *others: Any, **named: Any) -> Any:
-    """`forward` of x (..., H), `tile` tokens after another; at once where it has other arguments."""
+def _again(
+    mlp: nn.Module, inner: Callable[..., Any], tile: int | None, x: torch.Tensor, *others: Any, **named: Any
+) -> Any:
+    """The MLP's forward of x (..., H), recomputed: by its own patch if it can do that, which then neither
+    expands weights for each tile nor computes the output again; else by torch's checkpointing.
+
+    In one piece where it has other arguments.
+    """
     tokens = x.numel() // x.shape[-1]
-    if others or named or tokens <= tile:
+    several = tile is not None and tokens > tile and not others and not named
+    size = -(-tokens // -(-tokens // tile)) if tile is not None and several else tokens
+    own = getattr(getattr(inner, "__func__", None), "again", None)
+    if own is not None and tokens and not others and not named and (y := own(mlp, x, size)) is not None:
+        return y
+    forward = functools.partial(checkpoint, inner, use_reentrant=False)
+    if not several:
         return forward(x, *others, **named)
-    parts = torch.split(x.reshape(1, tokens, x.shape[-1]), -(-tokens // -(-tokens // tile)), 1)
+    parts = torch.split(x.reshape(1, tokens, x.shape[-1]), size, 1)
     return torch.cat([forward(part) for part in parts], 1).view(x.shape)
 
 

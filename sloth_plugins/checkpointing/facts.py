@@ -198,6 +198,11 @@ class ModelFacts:
         return self.weights.startswith("nf4")
 
     @property
+    def fused_mlp(self) -> bool:
+        """Whether MLPs are one function, which makes gate and up again without the output."""
+        return self.fused and bool(self.rank) and any(name in self.targets for name in PROJECTIONS[4:])
+
+    @property
     def q(self) -> int:
         """Elements of a token's q."""
         return self.heads * self.head_dim

@@ -94,9 +94,12 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> 
     backward = products * (1 if facts.rank else 2) + causal * ATTENTION_BACKWARD + traffic[1] * full / memory
     backward += expansion(facts.layer_weights)
     of_mlp = 3 * h * facts.intermediate
-    mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
-    # Each tile expands the weights anew: forward, again in the backward, and for the gradients.
-    more = (mlp_tiles - 1) * expansion(of_mlp)
+    if facts.fused_mlp:  # gate and up alone are made again, of weights that the backward expands anyway
+        mlp_again, more = 2 * t * (of_mlp * 2 // 3) / matmul + traffic[0] * mlp / memory, 0.0
+    else:
+        mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
+        # Each tile expands the weights anew: forward, again in the backward, and for the gradients.
+        more = (mlp_tiles - 1) * expansion(of_mlp)
     tiled = mlp_again + 3 * more if mlp_tiles > 1 else 0.0
     if mlp_tiles > 1:
         full, forward = full - mlp, forward + more

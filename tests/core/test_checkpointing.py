@@ -259,7 +259,7 @@ def test_classes_and_shapes_of_a_plan() -> None:
     for layer, option in enumerate(made.layers):
         classes = made.classes(layer)
         assert tuple(classes) == CLASSES
-        assert ("recompute" in classes.values()) == ("recompute" in option)
+        assert ("recompute" in classes.values()) == ("recompute" in option or made.mlp_tiles > 1)
         assert classes["input"] == ("offload" if "offload" in option else "keep")
     assert made.covers(Shape(batch=4, seq=1024)) and made.covers(made.shape)
     assert not made.covers(Shape(batch=1, seq=2049)) and not made.covers(Shape(batch=3, seq=2048))

@@ -146,6 +146,46 @@ def test_patched_models_too(layers: tuple[str, ...]) -> None:
     assert not any("gradient_checkpointing" in layer.__dict__ for layer in execute.decoder_layers(model))
 
 
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_a_fused_mlp_makes_gate_and_up_again_itself(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the patch's own Function, proven before; one tile gives the bits of a step that keeps all."""
+    from sloth_kernels import lora
+
+    model, given = llama(4, 0.3 if tiles == 1 else 0.0), ids(3, 13)
+    with sloth.accelerate(model):
+        want = step(model, given)
+    calls: list[int] = []
+    apply = lora._LoraMLPAgain.apply
+    monkeypatch.setattr(lora._LoraMLPAgain, "apply", lambda *a: calls.append(a[4]) or apply(*a))
+    monkeypatch.setattr(execute, "checkpoint", None)  # not called
+    plan = planned(model, ("recompute_mlp",) * 3 + ("offload",), mlp_tiles=tiles)
+    with sloth.accelerate(model, checkpointing=plan) as acceleration:
+        assert "lora_mlp" in {row.op for row in acceleration.report.patched}
+        proofs, calls[:] = len(calls), []
+        got = step(model, given)
+    assert proofs and calls == ([39] * 3 if tiles == 1 else [6] * 4)
+    if tiles == 1:
+        same(got, want)
+    for name, gradient in want[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=1e-5 * gradient.norm().item())
+
+
+def test_an_mlp_whose_patch_cannot_serve_is_checkpointed() -> None:
+    """A hook on a child that the fused MLP would not call."""
+    model = llama(4)
+    seen: list[int] = []
+    mlp = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp"))
+    plan = planned(model, ("recompute_mlp",) * 4, mlp_tiles=4)
+    with sloth.accelerate(model, checkpointing=plan) as acceleration:
+        want = step(model, ids())
+        handle = mlp.up_proj.register_forward_hook(lambda *a: seen.append(a[2].shape[1]))
+        got = step(model, ids())
+        handle.remove()
+        assert seen == [6] * 8 and acceleration.report.patched  # four tiles, twice
+    for name, gradient in want[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=1e-5 * gradient.norm().item())
+
+
 def saved(model: Any, given: torch.Tensor) -> int:
     """Bytes of storages that autograd holds after a forward, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

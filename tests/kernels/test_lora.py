@@ -192,6 +192,83 @@ def test_a_second_backward(base, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+MLP = dict(ns=(128, 128, 64), ks=(64, 64, 128))
+
+
+def with_dropout(case: Case, tensors: dict[str, Any], rate: float) -> list[Projection]:
+    """The case's projections with dropout before each adapter."""
+    made = []
+    for projection in case.projections(tensors):
+        own = projection.adapter
+        adapter = own and Adapter(a=own.a, b=own.b, scaling=own.scaling, bias=own.bias, dropout=rate)
+        made.append(Projection(weight=projection.weight, bias=projection.bias, adapter=adapter))
+    return made
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "mixed"])
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+@pytest.mark.parametrize("own", [None, torch.float32], ids=["", "float32 adapters"])
+def test_an_mlp_in_tiles(own, fused, dtype, base, device):
+    """Tiles of 12 and of the 9 that are left, each with masks of its own."""
+    case = Case(device, dtype, base=base, ranks=(8, 4, 16), adapter_dtype=own, bias=True, **MLP)
+
+    def tiled(x, **tensors):
+        torch.manual_seed(5)
+        given = with_dropout(case, tensors, 0.3)
+        return lora_mlp(x, *given, activation="silu", fused=fused, tile=12)
+
+    def reference(x, **tensors):
+        torch.manual_seed(5)
+        given = with_dropout(case, tensors, 0.3)
+        parts = x.reshape(-1, x.shape[-1]).split(12)
+        return torch.cat([lora_mlp_reference(part, *given, activation="silu") for part in parts]).view(
+            *x.shape[:-1], -1
+        )
+
+    check(tiled, reference, case.inputs)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("ranks", [(8, 4, 16), (0, 5, 0)], ids=str)
+def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, fused, base, device):
+    case = Case(device, torch.float32, base=base, ranks=ranks, low_bias=True, **MLP)
+    results, kept = [], []
+    for tile in (None, 33, 40):
+        leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+        torch.manual_seed(5)
+        given = with_dropout(case, leaves, 0.3)
+        wide: list[int] = []
+
+        def pack(tensor, wide=wide):
+            wide.append(tensor.shape[-1])
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = lora_mlp(leaves["x"], *given, activation="silu", fused=fused, tile=tile)
+        kept.append(wide.count(128))
+        results.append([y, *torch.autograd.grad(y.pow(2).sum(), list(leaves.values()), retain_graph=True)])
+        again = torch.autograd.grad(y.pow(2).sum(), list(leaves.values()))
+        assert all(torch.equal(a, b) for a, b in zip(results[-1][1:], again, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    adapters = sum(t is not None and t.shape[-1] == 128 for t in case.inputs.values())
+    assert kept == [adapters + 2, adapters, adapters]
+
+
+def test_second_derivatives_of_an_mlp_in_tiles(device):
+    case = Case(device, torch.float32, base="nf4", ranks=(4, 4, 8), **MLP)
+    results = []
+    for function, options in ((lora_mlp, dict(tile=12)), (lora_mlp_reference, {})):
+        leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+        y = case.mlp(function, activation="silu", **options)(**leaves)
+        first = torch.autograd.grad(y.pow(2).sum(), list(leaves.values()), create_graph=True)
+        total = sum(g.pow(2).sum() for g in first)
+        results.append([*first, *torch.autograd.grad(total, list(leaves.values()))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
 RATES = [pytest.param(rates, id=str(rates)) for rates in ((0.5, 0.5, 0.5), (0.5, 0.0, 0.2), (0.1, 0.1, 0.0))]
 
 
@@ -341,6 +418,8 @@ def test_bad_input(device):
         lora_linear(x, [Projection(weight=case.weights[0], adapter=wild)])
     with pytest.raises(ValueError, match="activation 'relu'"):
         lora_mlp(x, *projections, activation="relu")
+    with pytest.raises(ValueError, match="tile=0: allowed is a whole number from 1"):
+        lora_mlp(x, *projections, activation="silu", tile=0)
     with pytest.raises(ValueError, match="expected \\(I, K\\)"):
         lora_mlp(x, *projections, activation="silu")
 
