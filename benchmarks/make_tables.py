@@ -189,7 +189,7 @@ def quantization_table(rows: Sequence[Row]) -> str:
     first = rows[0]
     texts = list(dict.fromkeys(row["text"] for row in rows))
     own = {(row["checkpoint"], row["text"]): row for row in rows}
-    tokens = ", ".join(f"{own[first['checkpoint'], text]['tokens']:,} of {text}" for text in texts)
+    tokens = ", ".join(f"{own[first['checkpoint'], text]['tokens']:,} ({text})" for text in texts)
     lines = [
         f"**{first['model']}** ({first['device']}, bitsandbytes {first['bitsandbytes']}, commit "
         f"{first['commit'][:12]}): calibrated on {first['calibration']}; held-out tokens: {tokens}",
@@ -202,7 +202,7 @@ def quantization_table(rows: Sequence[Row]) -> str:
         for text in texts:
             row, plain = own[name, text], own["uniform NF4", text]
             cells += [
-                f"{row['kl']:.4f}",
+                f"{row['kl']:.3g}",
                 f"{row['kl'] / plain['kl']:.2f}",
                 f"{row['perplexity']:.3f}",
                 f"{row['top1']:.1%}".replace("%", " %"),

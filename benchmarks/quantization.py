@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--evaluation-samples", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
     topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -96,13 +99,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "calibration": f"{arguments.samples} rows of {arguments.calibration.name}",
         **{package: version(package) for package in ("torch", "transformers", "bitsandbytes")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        ).stdout.strip(),
+        "commit": commit,
     }
     with arguments.out.open("w", encoding="utf-8") as out:
         for text, kinds in figures.items():

@@ -146,8 +146,8 @@ def test_a_model_has_a_table_of_its_checkpoints(tables: ModuleType, tmp_path: Pa
         ),
     )
     made = tables.KINDS[2].section(tmp_path)
-    assert "1,234 of maths, 1,234 of prose" in made
-    assert "| 1.00 | 100.0 |" + " 0.0500 | 0.20 | 6.500 | 90.5 % |" * 2 in made
+    assert "1,234 (maths), 1,234 (prose)" in made
+    assert "| 1.00 | 100.0 |" + " 0.05 | 0.20 | 6.500 | 90.5 % |" * 2 in made
 
 
 def test_no_results_is_said(tables: ModuleType, tmp_path: Path) -> None:
