@@ -697,11 +697,10 @@ def _show_report(console: Console, values: dict[str, Any], report: Any) -> None:
 
 
 def _show_memory_plan(console: Console, plan: CheckpointPlan) -> None:
-    from sloth_plugins.checkpointing.plan import OPTIONS, costs
+    from sloth_plugins.checkpointing.plan import OPTIONS
     from sloth_plugins.report import shorten
 
-    options = costs(plan.facts, plan.shape, plan.rates).options
-    rows = []
+    costs, rows = plan.costs(), []
     for name in OPTIONS:
         of = [index for index, option in enumerate(plan.layers) if option == name]
         if not of:
@@ -712,17 +711,19 @@ def _show_memory_plan(console: Console, plan: CheckpointPlan) -> None:
         what = "; ".join(
             f"{way} {'all' if len(ways) == 1 else ', '.join(kinds)}" for way, kinds in ways.items()
         )
-        cost = options[name]
+        cost = costs.options[name]
         layers = shorten([str(index) for index in of])
         figures = (
             f"{cost.kept_bytes / 2**20:.0f}",
             f"{cost.host_bytes / 2**20:.0f}",
-            f"{cost.recompute_s * 1e3:.2f}",
+            f"{(cost.recompute_s + costs.tiled_s) * 1e3:.2f}",
         )
         rows.append((str(len(of)), layers, what, *figures))
     title = f"A step of {plan.shape.batch} x {plan.shape.seq} tokens in {plan.budget_bytes / 2**30:.2f} GiB"
     columns = ("layers", "which", "saved tensors", "MiB kept\nof each", "MiB on\nthe host", "ms made\nagain")
     _table(console, title, columns, rows)
+    if plan.mlp_tiles > 1:
+        _line(console, f"MLPs run in {plan.mlp_tiles} tiles of {plan.tile_tokens} tokens")
     sizes = [(name, f"{size / 2**30:.2f}") for name, size in plan.memory().items()]
     _table(
         console,

@@ -183,8 +183,9 @@ class CheckpointPlan:
         last = max((i for i, name in enumerate(self.layers) if "offload" in name), default=-1)
         return len(self.layers) - max(1, min(IN_FLIGHT, len(self.layers) - 1 - last))
 
-    def _options(self) -> dict[str, Option]:
-        return costs(self.facts, self.shape, self.rates, self.mlp_tiles).options
+    def costs(self) -> Costs:
+        """What the options cost under this plan's tiles."""
+        return costs(self.facts, self.shape, self.rates, self.mlp_tiles)
 
     @property
     def tile_tokens(self) -> int:
@@ -193,7 +194,7 @@ class CheckpointPlan:
 
     def memory(self) -> dict[str, int]:
         """The predicted peak in bytes, part by part, and the margin on top of it."""
-        options = self._options()
+        options = self.costs().options
         parts = {
             "weights": self.facts.weights_bytes,
             "optimizer": self.facts.optimizer_state_bytes,
@@ -208,7 +209,7 @@ class CheckpointPlan:
     def timeline(self) -> list[tuple[str, int]]:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
         facts, shape = self.facts, self.shape
-        options = self._options()
+        options = self.costs().options
         work, grads = facts.workspace_bytes(shape, self.mlp_tiles), facts.gradient_bytes
         base = fixed_bytes(facts) + facts.ends_bytes(shape)
         full, rows, held = options["keep"].kept_bytes, [], base

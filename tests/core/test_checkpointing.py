@@ -367,6 +367,14 @@ def test_the_command_prints_draws_and_saves(directory: Path, capsys: pytest.Capt
     assert CheckpointPlan.load(file) == made
     assert values["memory_plan"]["peak_bytes"] == made.peak_bytes
     assert sum(values["memory_plan"]["memory"].values()) == made.peak_bytes + made.margin_bytes
+    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "7GiB")
+    small = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), 7 * 2**30, H200)
+    assert f"MLPs run in {small.mlp_tiles} tiles of {small.tile_tokens} tokens" in out
+    kept = small.costs().options["keep"].kept_bytes
+    assert code == 0 and f"{kept / 2**20:.0f} " in out
+    assert kept == sum(size for name, size in small.facts.saved_bytes(small.shape).items()) - (
+        small.facts.mlp_bytes(small.shape)
+    )
 
 
 @pytest.mark.parametrize(
