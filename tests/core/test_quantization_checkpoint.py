@@ -442,7 +442,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "size": ({"--budget": "1KB"}, r"budget='1KB': allowed are \d+ bytes, uniform NF4's, or more"),
     "both": ({"--budget": 1.1, "--target-kl": 0.1}, "target_kl=0.1 with budget=1.1: allowed is one of them"),
     "few rows": (_few_rows, "gives 2 rows: target_kl needs 8 or more"),
-    "rank": ({"--lora-init": 65}, "lora_init=65: allowed is a rank from 1 to 64"),
+    "rank": ({"--lora-init": 65}, "lora_init=65: allowed is a rank from 1 to 32"),
     "block size": ({"--block-sizes": 48}, r"block_sizes=\(48,\): allowed are 64, 32"),
 }
 
