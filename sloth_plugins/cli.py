@@ -129,12 +129,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(DTYPES)}; auto: the checkpoint's own",
     )
     verify.add_argument(
-        "--device",
-        type=_one_of(*DEVICES),
-        default="auto",
-        help=f"{', '.join(DEVICES)}; auto: the GPU if there is one",
-    )
-    verify.add_argument(
         "--random", action="store_true", help="random weights from config.json instead of the checkpoint's"
     )
     memory = plan.add_argument_group(
@@ -173,9 +167,6 @@ def _parser() -> argparse.ArgumentParser:
             action="extend",
             default=[],
             help="ops to leave alone, such as rope",
-        )
-        made.add_argument(
-            "--trust-remote-code", action="store_true", help="run model code that lies in MODEL_DIR"
         )
 
     quantize = command(
@@ -250,15 +241,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--restart", action="store_true", help="delete DIR.partial first, instead of resuming"
     )
-    quantize.add_argument(
-        "--device",
-        type=_one_of(*DEVICES),
-        default="auto",
-        help=f"{', '.join(DEVICES)}; auto: the GPU if there is one",
-    )
-    quantize.add_argument(
-        "--trust-remote-code", action="store_true", help="run model code that lies in MODEL_DIR"
-    )
+    for made in (verify, quantize):
+        made.add_argument(
+            "--device",
+            type=_one_of(*DEVICES),
+            default="auto",
+            help=f"{', '.join(DEVICES)}; auto: the GPU if there is one",
+        )
+    for made in (plan, verify, quantize):
+        made.add_argument(
+            "--trust-remote-code", action="store_true", help="run model code that lies in MODEL_DIR"
+        )
 
     demo = command("demo", _demo, "fine-tune SmolLM2-135M without and with SlothCallback, and compare")
     demo.add_argument(

@@ -536,6 +536,8 @@ def _search(made: Callable[[int, float | None], _Turn], target: float) -> _Turn:
         turn = made(at, expected)
         reached = max(turn.kl or 0.0, 1e-9 * target)
         if reached > target:
+            if not turn.plan.expected_kl:  # nothing is left whose bytes were seen to buy anything
+                raise ValueError(f"target_kl={target!r}: allowed is {reached:.3g} or more for this model")
             failed = expected, reached
         else:
             passed = expected, turn
