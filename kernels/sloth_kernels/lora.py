@@ -203,9 +203,10 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
         row = at // PADDED
         column = at - row * PADDED
         own = (row >= first) & (row < last) & (column < rank)
-        value = tl.load(b_ptr + (row - first).to(tl.int64) * b_stride + column, mask=own, other=0.0)
-        to = columns_ptr + row.to(tl.int64) * columns_stride + column
-        tl.store(to, value.to(columns_ptr.dtype.element_ty), mask=row < N)
+        # Another name: a of another dtype may have been loaded in the other branch.
+        b = tl.load(b_ptr + (row - first).to(tl.int64) * b_stride + column, mask=own, other=0.0)
+        b_to = columns_ptr + row.to(tl.int64) * columns_stride + column
+        tl.store(b_to, b.to(columns_ptr.dtype.element_ty), mask=row < N)
 
 
 def _pack(

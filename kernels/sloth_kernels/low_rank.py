@@ -183,7 +183,12 @@ def _narrow_kernel(  # type: ignore[no-untyped-def]
         w = tl.load(w_at, mask=filled[None, :] & (k[:, None] < K), other=0.0)
         if COPY:  # noqa: SIM102  (it is known when this is compiled)
             if tl.program_id(0) == 0:
-                tl.store(copy_ptr + wide_row * copy_stride + k[None, :], x, mask=inside)
+                # Loaded a second time, from the cache: with another use, x gets a buffer too few in shared
+                # memory (Triton 3.6), and is overwritten while the tensor cores still read it.
+                again = tl.load(
+                    x_ptr + wide_row * x_stride + k[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+                )
+                tl.store(copy_ptr + wide_row * copy_stride + k[None, :], again, mask=inside)
         if DROP:
             x = tl.where(_keep(row, k, seed, threshold), x, 0.0)
         total = tl.dot(x, w, total, input_precision=PRECISION)
@@ -365,11 +370,13 @@ def _activated_tall_kernel(  # type: ignore[no-untyped-def]
         activated, slope = _activate(g, ACTIVATION)
         if RANK > 0:
             q_at = q_ptr + wide_row * q_stride + column[None, :]
-            q = tl.load(q_at, mask=(row[:, None] < end) & (column[None, :] < RANK), other=0.0)
+            q_filled = (row[:, None] < end) & (column[None, :] < RANK)
+            q = tl.load(q_at, mask=q_filled, other=0.0)
             y = activated * u
             if DROP:
                 keep = _keep(row, n, seed, threshold)
-                dy += tl.where(keep, tl.dot(q, w, input_precision=PRECISION) * scale, 0.0)
+                again = tl.load(q_at, mask=q_filled, other=0.0, cache_modifier=".cg")  # see _narrow_kernel
+                dy += tl.where(keep, tl.dot(again, w, input_precision=PRECISION) * scale, 0.0)
                 y = tl.where(keep, y, 0.0)
             total = tl.dot(tl.trans(y.to(dtype)), q, total, input_precision=PRECISION)
         dup = (dy * activated).to(dtype)
