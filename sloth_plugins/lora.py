@@ -381,8 +381,15 @@ def _weight_device(layer: _Layer) -> torch.device:
 # Reading a layer at each call
 
 
-def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
-    """read(layer) -> (Projection, its Linear4bit or None), or None where the layer must run its own code."""
+# What `read` gives: a Projection and its Linear4bit or None.
+_Item = tuple[Any, Any]
+
+
+def _reader(said: set[str]) -> Callable[..., _Item | None]:
+    """read(layer, before) -> an _Item, or None where the layer must run its own code.
+
+    before: what it gave last time; the same comes back where nothing has changed.
+    """
     from sloth_kernels.lora import Adapter, Projection
     from sloth_kernels.nf4 import FourBit
 
@@ -391,7 +398,7 @@ def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
             said.add(reason)
             warnings.warn(f"sloth: {reason}: PEFT's own code runs for it", stacklevel=2)
 
-    def adapter_of(layer: Any, modules: Any) -> Any:
+    def adapter_of(layer: Any, modules: Any, before: Any) -> Any:
         """The active Adapter, None for none, False for what can't be served."""
         lora_a = modules["lora_A"]._modules
         active = layer._active_adapter
@@ -440,11 +447,24 @@ def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
             or a._parameters["bias"] is not None
         ):
             return False
-        return Adapter(a=weight_a, b=weight_b, scaling=scaling, dropout=rate, bias=b._parameters["bias"])
+        bias = b._parameters["bias"]
+        kind = weight_a.dtype, weight_b.dtype, weight_a.shape, weight_b.shape
+        if (
+            before is not None
+            and before.a is weight_a
+            and before.b is weight_b
+            and before.bias is bias
+            and before.scaling == scaling
+            and before.dropout == rate
+            and before.kind == kind
+        ):
+            return before
+        return Adapter(a=weight_a, b=weight_b, scaling=scaling, dropout=rate, bias=bias)
 
-    def read(layer: Any) -> tuple[Any, Any] | None:
+    def read(layer: Any, before: _Item | None = None) -> _Item | None:
         kind = _KINDS.get(type(layer)) or _kind(type(layer))
         base, adapter = layer, None
+        last = None if before is None else before[0]
         if kind == _LORA:
             modules = layer._modules
             base = modules["base_layer"]
@@ -453,7 +473,7 @@ def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
                 if merged:
                     return None  # PEFT unmerges first
             elif not merged:
-                adapter = adapter_of(layer, modules)
+                adapter = adapter_of(layer, modules, None if last is None else last.adapter)
                 if adapter is False:
                     return None
             if _seen(base):
@@ -464,12 +484,24 @@ def _reader(said: set[str]) -> Callable[[Any], tuple[Any, Any] | None]:
         if kind == _PLAIN:
             if weight.requires_grad or type(weight) not in _TENSORS or weight.dtype not in FLOATS:
                 return None
+            if last is not None and (last.weight is weight and last.bias is bias and last.adapter is adapter):
+                return before
             return Projection(weight=weight, bias=bias, adapter=adapter), None
         if kind != _FOUR_BIT:
             return None
         state = getattr(weight, "quant_state", None)
         if state is None or getattr(state, "packing_format_for_cpu", False):
             return None
+        if (
+            last is not None
+            and before is not None
+            and before[1] is base
+            and last.weight.packed is weight
+            and last.weight.state is state
+            and last.bias is bias
+            and last.adapter is adapter
+        ):
+            return before
         return Projection(weight=FourBit(packed=weight, state=state), bias=bias, adapter=adapter), base
 
     return read
@@ -654,6 +686,7 @@ def _linear_forwards(
     """The forwards of a group. Another module that gets one of them (a deep copy) computes alone."""
     group = _Group(modules)
     read, takes, function = _reader(said), _takes(kernel), kernel.function
+    before: list[_Item | None] = [None] * len(modules)
 
     def members() -> list[nn.Module]:
         return [module for ref in group.refs if (module := ref()) is not None]
@@ -672,20 +705,22 @@ def _linear_forwards(
                     group.clear()
                     slot.group = None
                 return result
-        own = read(layer)
+        own = read(layer, before[index] if mine else None)
         if own is None or (dtype := _compute_dtype(own, x, autocast, grad)) is None:
             return None
         if proven is not None:
             together = members if mine else (lambda: [layer])
             if not proven(index, own[0].adapter, together, layer):
                 return None
+        if mine:
+            before[index] = own
         items = [(index, own)]
         # Writes to an inference tensor are not counted, so nobody could tell whether it is still the same.
         if mine and not waiting and len(group.refs) > 1 and not x.is_inference():
             for other, ref in enumerate(group.refs):
                 if other == index or (sibling := ref()) is None:
                     continue
-                item = read(sibling)
+                item = before[other] = read(sibling, before[other])
                 if item is None or _compute_dtype(item, x, autocast, grad) != dtype:
                     continue
                 if proven is None or proven(other, item[0].adapter, members, sibling):
@@ -744,6 +779,7 @@ def _mlp_forward(
     """
     read, takes, function = _reader(said), _takes(kernel), kernel.function
     (argument,) = (p.name for p in positional_parameters(type(module).forward)[:1])
+    before: dict[str, _Item | None] = {}
 
     def fused(mlp: nn.Module, x: torch.Tensor, **options: int) -> Any:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
@@ -751,8 +787,10 @@ def _mlp_forward(
         items, dtypes = [], set()
         for name in names:
             child = children[name]
-            if _seen(child) or (item := read(child)) is None:
+            # That of a copy of the MLP comes by here too: it is the child that decides.
+            if _seen(child) or (item := read(child, before.get(name))) is None:
                 return None
+            before[name] = item
             items.append(item)
             dtypes.add(_compute_dtype(item, x, autocast, grad))
         if len(dtypes) != 1 or (dtype := dtypes.pop()) is None:

@@ -9,6 +9,8 @@ Without Triton the op files still import (their references are the CPU path); la
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -97,62 +99,96 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
     kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
     otherwise, and where Triton's interface has changed, the ordinary way stays. For kernels that read nothing
-    they write, since that one launch is repeated. The first argument is a tensor and says on which device.
+    they write, since that one launch is repeated. Tensors (or None) come first among the arguments, then
+    scalars; the first is a tensor and says on which device.
     """
+    identity = id(kernel)
+    count = _TENSORS.get(identity)
+    if count is None:
+        count = _TENSORS[identity] = _leading_tensors(args)
     if INTERPRETED:
         kernel[grid](*args, num_warps=num_warps, **constants)
         return
-    device = args[0].get_device()
+    tensors, scalars = args[:count], args[count:]
+    device = tensors[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, *args, num_warps=num_warps, **constants)
         return
-    identity = id(kernel)
-    key = (
-        identity,
-        device,
-        num_warps,
-        *constants.values(),
-        # 1 and 1.0 and True are equal as keys, and not to Triton.
-        *[(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else (type(a), a) for a in args],
-    )
+    try:
+        pointers: list[Any] = [*map(_POINTER, tensors)]
+        dtypes = (*map(_DTYPE, tensors),)
+    except (AttributeError, TypeError):  # None among them
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        low: Any = tuple(None if p is None else p & 15 for p in pointers)
+    else:
+        low = functools.reduce(operator.or_, pointers) & 15
+        if low:
+            low = tuple(p & 15 for p in pointers)
+    values = (*constants.values(),)
+    # With the types: 1 and 1.0 and True are equal as keys, and not to Triton.
+    key = identity, device, num_warps, values, scalars, (*map(type, values + scalars),), dtypes, low
     known = _COMPILED.get(key)
     if known is not None:
-        compiled, tail = known
-        compiled[(*grid, 1, 1)[:3]](*args, *tail)
+        run, function, metadata, tail = known
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(x, y, z, stream, function, metadata, None, None, None, *pointers, *scalars, *tail)
         return
     compiled = kernel[grid](*args, num_warps=num_warps, **constants)
     if identity in _NO_SHORT_WAY:
         return
     try:
         tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if identity not in _SHORT_WAY and not _prove_short_way(kernel, compiled, grid, args, tail):
-            return
+        known = compiled.run, compiled.function, compiled.packed_metadata, tail
+        if identity not in _SHORT_WAY:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            way = known[:3]
+            if not _prove_short_way(identity, way, grid, stream, tensors, (*pointers, *scalars, *tail)):
+                return
     except Exception:  # whatever a Triton that we don't know does: the ordinary way has run and stays
         _NO_SHORT_WAY.add(identity)
         return
     if len(_COMPILED) >= _MOST_COMPILED:
         _COMPILED.clear()  # a run whose shapes never repeat
-    _COMPILED[key] = compiled, tail
+    _COMPILED[key] = known
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_POINTER, _DTYPE = torch.Tensor.data_ptr, operator.attrgetter("dtype")
+_TENSORS: dict[int, int] = {}
+_COMPILED: dict[tuple[Any, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 10_000
 _SHORT_WAY: set[int] = set()
 _NO_SHORT_WAY: set[int] = set()
 _FEW_BYTES = 2**27
 
 
+def _leading_tensors(args: tuple[Any, ...]) -> int:
+    """How many arguments are tensors or None; TypeError where one stands behind a scalar."""
+    are = [arg is None or isinstance(arg, torch.Tensor) for arg in args]
+    count = are.index(False) if False in are else len(are)
+    if any(are[count:]):
+        raise TypeError("launch: a tensor behind a scalar")
+    return count
+
+
 def _prove_short_way(
-    kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], tail: tuple[Any, ...]
+    identity: int,
+    way: tuple[Any, ...],
+    grid: tuple[int, ...],
+    stream: int,
+    given: tuple[Any, ...],
+    args: tuple[Any, ...],
 ) -> bool:
     """Whether the short way leaves in every tensor what the ordinary one has just left there."""
-    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    tensors = [t for t in given if t is not None]
     if sum(t.nbytes for t in tensors) > _FEW_BYTES or torch.cuda.is_current_stream_capturing():
         return False  # at another call
+    run, function, metadata = way
     before = [t.contiguous().clone() for t in tensors]
-    compiled[(*grid, 1, 1)[:3]](*args, *tail)
+    run(*(*grid, 1, 1)[:3], stream, function, metadata, None, None, None, *args)
     after = [t.contiguous() for t in tensors]
     # As bytes: NaN in an output must not look like a difference.
     same = all(
@@ -160,7 +196,7 @@ def _prove_short_way(
         for a, b in zip(before, after, strict=True)
         if a.numel()
     )
-    (_SHORT_WAY if same else _NO_SHORT_WAY).add(id(kernel))
+    (_SHORT_WAY if same else _NO_SHORT_WAY).add(identity)
     return same
 
 

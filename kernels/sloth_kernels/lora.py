@@ -31,8 +31,8 @@ The MLP, y = down(act(gate(x)) * up(x)), keeps gate and up, and computes their p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ from sloth_kernels.low_rank import (
     takes,
     tall_matmul,
 )
-from sloth_kernels.nf4 import FourBit, Part, expand_4bit, expand_4bit_reference, extend_4bit
+from sloth_kernels.nf4 import Extension, FourBit, Part, expand_4bit, expand_4bit_reference
 
 Weight = torch.Tensor | FourBit
 # A slot of an adapter in a group's buffers: ranks are padded with zeros so that rows stay 16-byte aligned.
@@ -71,6 +71,7 @@ ROW_ALIGNMENT = 64
 # Whether the weights of a part of an MLP are expanded while the matmul before runs.
 PREFETCH = True
 TENSORS_A_PROJECTION = 4  # a, b, adapter bias, bias
+MOST_KNOWN = 16  # of the calls that a projection was the first of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,15 +86,24 @@ class Adapter:
     scaling: float
     dropout: float = 0.0
     bias: torch.Tensor | None = None
+    kind: tuple[Any, ...] = field(init=False)
+    """What a and b were when this was made: their dtypes and shapes, which may change by `.data`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", (self.a.dtype, self.b.dtype, self.a.shape, self.b.shape))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Projection:
-    """A frozen linear layer with at most one LoRA. weight: (N, K), a tensor or a FourBit; bias: (N,)."""
+    """A frozen linear layer with at most one LoRA. weight: (N, K), a tensor or a FourBit; bias: (N,).
+
+    Who passes the same objects again, because nothing has changed, saves the work of looking at them again.
+    """
 
     weight: Weight
     bias: torch.Tensor | None = None
     adapter: Adapter | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class _Slot(NamedTuple):
@@ -145,6 +155,7 @@ class _Group(NamedTuple):
     extended: bool
     wide: bool
     fused: bool
+    extension: Extension | None
 
     @property
     def row(self) -> int:
@@ -257,7 +268,16 @@ class _Buffers(NamedTuple):
 
     joint: torch.Tensor | None
     rows: torch.Tensor
-    columns: tuple[torch.Tensor, ...]
+    columns: tuple[torch.Tensor, ...] | None
+
+    def factors(self, group: _Group, i: int) -> torch.Tensor:
+        """B of the i-th projection (N, padded)."""
+        if self.columns is not None:
+            return self.columns[i]
+        slot = group.slots[i]
+        assert self.joint is not None
+        column = group.k + slot.column
+        return self.joint[slot.start : slot.start + slot.width, column : column + slot.padded]
 
 
 class _Ahead:
@@ -322,18 +342,15 @@ def _buffers(
 ) -> _Buffers:
     """Expand and pack what a pass over a group needs; `joint`: where to, for an extended group."""
     step = TENSORS_A_PROJECTION
-    factors = [(tensors[i * step], tensors[i * step + 1]) for i in range(len(group.slots))]
-    if group.extended:
+    factors = [*zip(tensors[::step], tensors[1::step], strict=True)]
+    if group.extension is not None:
         if joint is None:
             joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
-        rows, right = joint[group.n :, : group.k], joint[: group.n, group.k : group.k + group.columns]
+        rows = joint[group.n :, : group.k]
+        if group.extension.fill(joint, factors):
+            return _Buffers(joint, rows, None)
+        right = joint[: group.n, group.k : group.k + group.columns]
         columns = tuple(right[:, slot.column : slot.column + slot.padded] for slot in group.slots)
-        parts = [
-            Part(slot.weight, a, b, slot.column, slot.padded)  # type: ignore[arg-type]
-            for slot, (a, b) in zip(group.slots, factors, strict=True)
-        ]
-        if extend_4bit(joint, parts):
-            return _Buffers(joint, rows, columns)
         for slot in group.slots:
             assert isinstance(slot.weight, FourBit)
             expand_4bit(slot.weight, joint[slot.start : slot.start + slot.width, : group.k])
@@ -348,7 +365,7 @@ def _buffers(
             assert a is not None and b is not None
             part = rows[slot.column : slot.column + slot.padded]
             _pack(part, own, slot, a, b, slot.start if group.extended else 0, group.fused)
-    return _Buffers(joint, rows, columns)
+    return _Buffers(joint, rows, None if joint is not None else columns)
 
 
 def _narrow(
@@ -435,7 +452,7 @@ def _group_forward(
         weight = _dense(slot.weight, x.dtype, group.fused).t()
         if slot.rank:
             assert p is not None
-            low, factors = p[:, slot.column : slot.column + slot.padded], buffers.columns[i].t()
+            low, factors = p[:, slot.column : slot.column + slot.padded], buffers.factors(group, i).t()
             y = low @ factors if bias is None else torch.addmm(bias.to(low.dtype), low, factors)
             y = y.to(x.dtype).addmm_(x, weight)
         else:
@@ -506,11 +523,12 @@ def _input_gradient(
                 _narrow(group, run, joint[:, : group.n], buffers.joint[: group.n, low].t(), extension=to)
         elif group.columns or len(group.slots) > 1:
             joint = _gradient_buffer(group, rows, like)
-            for slot, g, factors in zip(group.slots, given, buffers.columns, strict=True):
+            for i, (slot, g) in enumerate(zip(group.slots, given, strict=True)):
                 own = slice(slot.start, slot.start + slot.width)
                 if slot.rank:  # Q, and the gradient's way into the buffer, in one pass
                     to = joint[:, group.n + slot.column : group.n + slot.column + slot.padded]
-                    _narrow(group, group.run_of(slot), g, factors[own].t(), joint[:, own], to)
+                    factors = buffers.factors(group, i).t()
+                    _narrow(group, group.run_of(slot), g, factors, joint[:, own], to)
                 else:
                     joint[:, own] = g
         if joint is not None and group.columns:
@@ -531,7 +549,7 @@ def _input_gradient(
             for i, slot in enumerate(group.slots):
                 if slot.rank:
                     target = q[:, slot.column : slot.column + slot.padded]
-                    run, factors = group.run_of(slot), buffers.columns[i].t()
+                    run, factors = group.run_of(slot), buffers.factors(group, i).t()
                     target.copy_(_narrow(group, run, given[i].to(q.dtype), factors))
             if needs_x and not dropout:
                 dx = (q @ buffers.rows).to(like.dtype)
@@ -910,6 +928,17 @@ def _check(x: torch.Tensor, projections: Sequence[Projection]) -> None:
             raise ValueError(f"adapter {i}: dropout={adapter.dropout!r}: allowed is 0 <= dropout < 1")
 
 
+def _check_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection) -> None:
+    _check(x, [gate, up])
+    inner = gate.weight.shape[0]
+    if up.weight.shape[0] != inner or down.weight.shape[1] != inner:
+        raise ValueError(
+            f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)}, down {tuple(down.weight.shape)}: "
+            "expected (I, K), (I, K) and (N, I)"
+        )
+    _check(x.new_empty(0, inner), [down])
+
+
 def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _Group:
     slots: list[_Slot] = []
     runs: list[_Run] = []
@@ -936,7 +965,10 @@ def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _
     k = x.shape[-1]
     extended = fused and takes(x) and k % 8 == 0 and not wide
     extended = extended and all(isinstance(p.weight, FourBit) for p in projections)
-    return _Group(tuple(slots), tuple(runs), k, start, column, extended, bool(wide), fused)
+    extension = None
+    if extended:
+        extension = Extension([Part(slot.weight, slot.column, slot.padded) for slot in slots])  # type: ignore[arg-type]
+    return _Group(tuple(slots), tuple(runs), k, start, column, extended, bool(wide), fused, extension)
 
 
 def _tensors(projections: Sequence[Projection]) -> list[torch.Tensor | None]:
@@ -946,6 +978,26 @@ def _tensors(projections: Sequence[Projection]) -> list[torch.Tensor | None]:
         factors = (None, None, None) if adapter is None else (adapter.a, adapter.b, adapter.bias)
         flat += [*factors, projection.bias]
     return flat
+
+
+def _known(
+    x: torch.Tensor, projections: Sequence[Projection], fused: bool, make: Callable[[], tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """What `make` gave for these very projections before, and for an x like this one.
+
+    It is kept with the first, beside the others, so that their ids stay theirs.
+    """
+    cuda = x.is_cuda
+    # How wide the small matmuls are depends on autocast.
+    autocast = torch.is_autocast_enabled("cuda" if cuda else x.device.type)
+    key = (fused, cuda, autocast, x.dtype, x.shape[-1], *map(id, projections))
+    known = projections[0]._known
+    result = known.get(key)
+    if result is None:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        result = known[key] = (*make(), projections[1:])
+    return result
 
 
 def lora_linear(
@@ -965,12 +1017,15 @@ def lora_linear(
     Raises:
         ValueError: for shapes that don't fit, and a dropout outside [0, 1).
     """
-    _check(x, projections)
-    if x.dtype == torch.float64 or not x.numel():
+    if not projections or x.dtype == torch.float64 or not x.numel():
         return lora_linear_reference(x, projections)
-    result: tuple[torch.Tensor, ...] = _LoraLinear.apply(
-        x, _group(x, projections, fused), *_tensors(projections)
-    )
+
+    def make() -> tuple[Any, ...]:
+        _check(x, projections)
+        return _group(x, projections, fused), _tensors(projections)
+
+    group, tensors, _ = _known(x, projections, fused, make)
+    result: tuple[torch.Tensor, ...] = _LoraLinear.apply(x, group, *tensors)
     return result
 
 
@@ -1004,21 +1059,18 @@ def lora_mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: allowed are {', '.join(map(repr, ACTIVATIONS))}")
-    _check(x, [gate, up])
     if tile is not None and tile < 1:
         raise ValueError(f"tile={tile!r}: allowed is a whole number from 1")
-    inner = gate.weight.shape[0]
-    if up.weight.shape[0] != inner or down.weight.shape[1] != inner:
-        raise ValueError(
-            f"gate {tuple(gate.weight.shape)}, up {tuple(up.weight.shape)}, down {tuple(down.weight.shape)}: "
-            "expected (I, K), (I, K) and (N, I)"
-        )
-    _check(x.new_empty(0, inner), [down])
     if x.dtype == torch.float64 or not x.numel():
+        _check_mlp(x, gate, up, down)
         return lora_mlp_reference(x, gate, up, down, activation=activation)
-    first = _group(x, [gate, up], fused)
-    last = _group(x.new_empty(0, inner), [down], fused)
-    tensors = _tensors([gate, up, down])
+
+    def make() -> tuple[Any, ...]:
+        _check_mlp(x, gate, up, down)
+        wide = x.new_empty(0, gate.weight.shape[0])
+        return _group(x, [gate, up], fused), _group(wide, [down], fused), _tensors([gate, up, down])
+
+    first, last, tensors, _ = _known(x, (gate, up, down), fused, make)
     result: torch.Tensor
     if tile is None:
         result = _LoraMLP.apply(x, first, last, activation, *tensors)

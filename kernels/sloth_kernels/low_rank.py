@@ -26,8 +26,10 @@ programs; the last program to arrive at a tile adds its parts, in a fixed order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -439,15 +441,45 @@ def _columns(r: int) -> int:
     return max(FEWEST_COLUMNS, min(MOST_COLUMNS, 1 << max(0, r - 1).bit_length()))
 
 
-def _splits(x: torch.Tensor, programs: int, length: int, block: int) -> tuple[int, int]:
+def _splits(device: torch.device, programs: int, length: int, block: int) -> tuple[int, int]:
     """(how many shares, their length) of a sum over `length`, so that the card has work for two rounds.
 
     A power of two, so that shares stay aligned.
     """
-    many = INTERPRETER_MULTIPROCESSORS if INTERPRETED else 2 * multiprocessors(x.device)
+    many = INTERPRETER_MULTIPROCESSORS if INTERPRETED else 2 * multiprocessors(device)
     most = max(1, min(many // max(1, programs), length // (4 * block), MOST_SPLITS))
     splits = 1 << (most.bit_length() - 1)
     return splits, ceil_div(ceil_div(length, splits), block) * block
+
+
+class _Tiling(NamedTuple):
+    """How a sum is split over programs: the grid, and a program's tile."""
+
+    grid: tuple[int, int, int]
+    splits: int
+    share: int
+    slot: int
+    block: tuple[int, int, int]
+    warps: int
+    stages: int
+
+    @property
+    def tiles(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@functools.lru_cache(4096)
+def _tiling(
+    tile: tuple[int, int, int, int], device: torch.device, rows: int, length: int, r: int, slot: int
+) -> _Tiling:
+    """Of (rows, r) sums over `length`; tile: rows, length, warps, stages; slot: columns of an adapter."""
+    block_rows, block_length, warps, stages = tile
+    block_r = _columns(slot)
+    tiles = ceil_div(rows, block_rows)
+    column_blocks = ceil_div(r, slot) * ceil_div(slot, block_r)
+    splits, share = _splits(device, tiles * column_blocks, length, block_length)
+    block = block_rows, block_length, block_r
+    return _Tiling((column_blocks, tiles, splits), splits, share, slot, block, warps, stages)
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -457,14 +489,15 @@ def _precision(x: torch.Tensor) -> str:
 def _parts(like: torch.Tensor, splits: int, size: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(room for the parts of `size` sums; counters, all 0, of at least `tiles` tiles)."""
     device = like.device
-    part = torch.empty((splits, size) if splits > 1 else (1,), dtype=torch.float32, device=device)
     stream = torch._C._cuda_getCurrentRawStream(device.index) if like.is_cuda else 0
     counters = _COUNTERS.get((device, stream))
     if counters is None or counters.numel() < tiles:
         # Kernels of one stream run one after another, and each leaves zeros.
         counters = torch.zeros(max(MOST_TILES, tiles), dtype=torch.int32, device=device)
         _COUNTERS[device, stream] = counters
-    return part, counters
+    if splits == 1:
+        return counters, counters  # no parts
+    return torch.empty((splits, size), dtype=torch.float32, device=device), counters
 
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -510,17 +543,14 @@ def narrow_matmul(
         if extension is not None:
             extension.copy_(result)
         return result
-    block_t, block_k, warps, stages = TILES["narrow"]
     seeds, threshold, keep_scale, slot = _dropout_arguments(dropout, x, r)
-    block_r = _columns(slot)
-    tiles = ceil_div(t, block_t)
-    column_blocks = ceil_div(r, slot) * ceil_div(slot, block_r)
-    splits, share = _splits(x, tiles * column_blocks, k, block_k)
-    part, counters = _parts(x, splits, t * r, tiles * column_blocks)
+    tiling = _tiling(TILES["narrow"], x.device, t, k, r, slot)
+    part, counters = _parts(x, tiling.splits, t * r, tiling.tiles)
     result = torch.empty((t, r), dtype=x.dtype, device=x.device)
+    stride_r, stride_k = w.stride()
     launch(
         _narrow_kernel,
-        (column_blocks, tiles, splits),
+        tiling.grid,
         x,
         w,
         result,
@@ -532,26 +562,26 @@ def narrow_matmul(
         t,
         k,
         r,
-        share,
-        splits,
+        tiling.share,
+        tiling.splits,
         x.stride(0),
-        w.stride(0),
-        w.stride(1),
+        stride_r,
+        stride_k,
         0 if copy is None else copy.stride(0),
         0 if extension is None else extension.stride(0),
         threshold,
         float(scale * keep_scale),
-        MANY=splits > 1,
+        MANY=tiling.splits > 1,
         COPY=copy is not None,
         EXTEND=extension is not None,
         DROP=dropout is not None,
         SLOT=slot,
         PRECISION=_precision(x),
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        num_warps=warps,
-        num_stages=stages,
+        BLOCK_T=tiling.block[0],
+        BLOCK_K=tiling.block[1],
+        BLOCK_R=tiling.block[2],
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
     return result
 
@@ -587,15 +617,12 @@ def tall_matmul(
         return (low.t() if transposed else low).to(dtype).contiguous()
     block_t, block_n, warps, stages = TILES["tall"]
     seeds, threshold, scale, slot = _dropout_arguments(dropout, y, r)
-    block_r = _columns(slot)
-    tiles = ceil_div(n, block_n)
-    column_blocks = ceil_div(r, slot) * ceil_div(slot, block_r)
-    splits, share = _splits(y, tiles * column_blocks, t, block_t)
-    part, counters = _parts(y, splits, n * r, tiles * column_blocks)
+    tiling = _tiling((block_n, block_t, warps, stages), y.device, n, t, r, slot)
+    part, counters = _parts(y, tiling.splits, n * r, tiling.tiles)
     result = torch.empty(shape, dtype=dtype, device=y.device)
     launch(
         _tall_kernel,
-        (column_blocks, tiles, splits),
+        tiling.grid,
         y,
         p,
         result,
@@ -609,17 +636,17 @@ def tall_matmul(
         p.stride(0),
         1 if transposed else r,
         n if transposed else 1,
-        share,
-        splits,
+        tiling.share,
+        tiling.splits,
         threshold,
         scale,
-        MANY=splits > 1,
+        MANY=tiling.splits > 1,
         DROP=dropout is not None,
         SLOT=slot,
         PRECISION=_precision(y),
         BLOCK_T=block_t,
         BLOCK_N=block_n,
-        BLOCK_R=block_r,
+        BLOCK_R=tiling.block[2],
         num_warps=warps,
         num_stages=stages,
     )
@@ -721,7 +748,7 @@ def activated_tall(
     block_t, block_n, warps, stages = TILES["activated_tall"]
     seeds, threshold, scale, _ = _dropout_arguments(dropout, gate, 0)
     tiles = ceil_div(n, block_n)
-    splits, share = _splits(gate, tiles // 4, t, block_t)
+    splits, share = _splits(gate.device, tiles // 4, t, block_t)
     sizes = [n * rank for rank in ranks]
     part, counters = _parts(gate, splits, sum(sizes), 3 * tiles)
     flat = torch.empty(sum(sizes), dtype=dtype, device=gate.device)

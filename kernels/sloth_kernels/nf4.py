@@ -10,7 +10,7 @@ scale are rounded apart (no fused multiply-add), as its two kernels do.
 Storage: byte i holds weight 2i in its high nibble and 2i + 1 in its low one, row after row of (N, K);
 K must be even here. Bytes that must move for a bf16 result: 2.5 a weight, and 1/64 for nested scales.
 
-`extend_4bit` does it for several weights at once, each with the low-rank factors of an adapter beside it, as
+`Extension` does it for several weights at once, each with the low-rank factors of an adapter beside it, as
 the matmuls of `lora` want them.
 
 [1] Dettmers et al., QLoRA, arXiv:2305.14314
@@ -35,7 +35,7 @@ WARPS = 4
 TILE = WARPS * 32
 WORDS = 4 * TILE  # a program
 PACK_BLOCK = 1024
-_MOST_TABLES = 10_000
+_MOST_TABLES = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -240,7 +240,7 @@ def _expand_16_bit_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-# Columns of a table of `extend_4bit`: the first programs of a part, then its pointers, then its numbers.
+# Columns of a table of `Extension`: the first programs of a part, then its pointers, then its numbers.
 _FIELDS = (
     *("expand_from", "b_from", "a_from"),
     *("packed", "absmax", "code", "absmax2", "code2", "offset", "a", "b"),
@@ -388,112 +388,125 @@ def _in_words(weight: FourBit) -> bool:
 
 
 class Part(NamedTuple):
-    """A weight of `extend_4bit` and its adapter's factors a (rank, K), b (N, rank), or None for both.
+    """A weight of an `Extension`, and the columns of its adapter among those of all.
 
-    column: where the adapter's columns begin among those of all; padded: how many there are, with zeros.
+    column: where they begin; padded: how many there are, with zeros.
     """
 
     weight: FourBit
-    a: torch.Tensor | None
-    b: torch.Tensor | None
     column: int
     padded: int
 
 
-def extend_4bit(out: torch.Tensor, parts: Sequence[Part]) -> bool:
-    """Fill `out` with [W_i | b_i] of all parts, one below the other, and the a_i below these.
+class Extension:
+    """Fills a buffer with [W_i | b_i] of several weights, one below the other, and the a_i below these.
 
-    out: (sum of N_i + columns, at least K + columns); b_i stands in the columns of its part, zeros beside it,
-    and a_i in their rows. Nothing is written right of the a_i. One launch.
-
-    Returns False, with nothing written, where the parts differ in what one launch must have in common
-    (blocks, dtype of a and b), are not stored in out's dtype, or can't be expanded in 32-bit words.
+    One launch. Made once for a group of weights; what may move in memory is looked up at each `fill`.
     """
-    first = parts[0].weight
-    k, inner = first.shape[1], first.state.state2
-    factors = [t for part in parts for t in (part.a, part.b) if t is not None]
-    dtypes = {t.dtype for t in factors}
-    if (
-        not (out.is_cuda or INTERPRETED)
-        or len(dtypes) > 1
-        or out.stride(0) % 8
-        or out.data_ptr() % 16
-        or any(t.stride(1) != 1 for t in factors)
-    ):
-        return False
-    key: list[Any] = [out.get_device(), k]
-    for weight, a, b, column, padded in parts:
-        state = weight.state
-        outer = state.state2
-        if (
-            state.dtype != out.dtype
-            or state.blocksize != first.state.blocksize
-            or (outer is None) != (inner is None)
-            or (outer is not None and outer.blocksize != inner.blocksize)
-            or weight.shape[1] != k
-        ):
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        first = parts[0].weight
+        self.k = first.shape[1]
+        self.parts, self.state = parts, first.state
+        self.columns = sum(part.padded for part in parts)
+        inner = first.state.state2
+        self.constants: dict[str, Any] = dict(
+            K=self.k,
+            COLUMNS=max(1, self.columns),
+            BLOCKSIZE=first.state.blocksize,
+            BLOCKSIZE2=1 if inner is None else inner.blocksize,
+            NESTED=inner is not None,
+            ROUND=_TRITON_DTYPES.get(first.state.dtype),
+            PARTS=len(parts),
+            FIELDS=len(_FIELDS),
+            TILE=TILE,
+            BLOCK=PACK_BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        self.alike = all(self._like_first(part.weight) for part in parts)
+        # By all addresses. Dtypes and shapes of factors are those of the projections' adapters.
+        self.tables: dict[tuple[int, ...], tuple[torch.Tensor, int, int] | None] = {}
+
+    def _like_first(self, weight: FourBit) -> bool:
+        """Whether one launch can expand it with the first."""
+        state, outer, inner = weight.state, weight.state.state2, self.state.state2
+        return (
+            refuse(weight) is None
+            and _in_words(weight)
+            and weight.shape[1] == self.k
+            and (state.dtype, state.blocksize) == (self.state.dtype, self.state.blocksize)
+            and (outer is None) == (inner is None)
+            and (outer is None or outer.blocksize == inner.blocksize)
+        )
+
+    def fill(
+        self, out: torch.Tensor, factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
+    ) -> bool:
+        """Fill `out`, (sum of N_i + columns, at least K + columns).
+
+        factors: a (rank, K) and b (N, rank) of each part's adapter, or None for both. b_i stands in the
+        columns of its part, zeros beside it, and a_i in their rows. Nothing is written right of the a_i.
+
+        Returns False, with nothing written, where the parts differ in what one launch must have in common
+        (blocks, dtype of a and b), are not stored in out's dtype, or can't be expanded in 32-bit words.
+        """
+        if not self.alike or out.dtype != self.state.dtype or not (out.is_cuda or INTERPRETED):
             return False
-        key += (weight.packed.data_ptr(), state.absmax.data_ptr(), state.code.data_ptr(), state.shape[0])
-        key += (column, padded)
-        if outer is not None:
-            key += (outer.absmax.data_ptr(), outer.code.data_ptr(), state.offset.data_ptr())
-        if a is not None and b is not None:
-            key += (a.data_ptr(), b.data_ptr(), a.shape[0], a.stride(0), b.stride(0))
-    columns = sum(part.padded for part in parts)
-    known = _TABLES.get(entry := tuple(key))
-    if known is None:
-        if any(refuse(part.weight) or not _in_words(part.weight) for part in parts):
-            return False
-        if len(_TABLES) >= _MOST_TABLES:
-            _TABLES.clear()
-        _TABLES[entry] = known = _table(parts, columns, out.device)
-    table, programs, n = known
-    launch(
-        _extend_kernel,
-        (programs,),
-        table,
-        out,
-        n,
-        out.stride(0),
-        K=k,
-        COLUMNS=max(1, columns),
-        BLOCKSIZE=first.state.blocksize,
-        BLOCKSIZE2=1 if inner is None else inner.blocksize,
-        NESTED=inner is not None,
-        ROUND=_TRITON_DTYPES[out.dtype],
-        FACTOR=_TRITON_DTYPES[dtypes.pop()] if dtypes else tl.float32,
-        PARTS=len(parts),
-        FIELDS=len(_FIELDS),
-        TILE=TILE,
-        BLOCK=PACK_BLOCK,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
-    )
-    return True
+        stored: list[torch.Tensor] = []
+        for part in self.parts:
+            packed, state = part.weight.packed, part.weight.state
+            inner = state.state2
+            if inner is None:
+                stored += (packed, state.absmax, state.code)
+            else:
+                stored += (packed, state.absmax, state.code, inner.absmax, inner.code, state.offset)
+        low = [t for pair in factors for t in pair if t is not None]
+        with _PLAINLY():  # bitsandbytes' Params4bit looks at each call otherwise
+            key = (*map(_POINTER, stored), *map(_POINTER, low))
+        known = self.tables.get(key)
+        if known is None:
+            if key in self.tables:
+                return False
+            if len(self.tables) >= _MOST_TABLES:
+                self.tables.clear()
+            known = self.tables[key] = self._table(factors, out)
+            if known is None:
+                return False
+        table, programs, n = known
+        factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
+        launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
+        return True
+
+    def _table(
+        self, factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], out: torch.Tensor
+    ) -> tuple[torch.Tensor, int, int] | None:
+        """(the table, (parts, fields) int64; programs; rows of weights), or None where `fill` can't."""
+        low = [t for pair in factors for t in pair if t is not None]
+        unlike = len({t.dtype for t in low}) > 1 or any(t.stride(1) != 1 for t in low)
+        if unlike or out.stride(0) % 8 or out.data_ptr() % 16:
+            return None
+        rows: list[list[int]] = []
+        programs = start = 0
+        for (weight, column, padded), (a, b) in zip(self.parts, factors, strict=True):
+            n, k = weight.shape
+            state, outer = weight.state, weight.state.state2
+            expand_from = programs
+            b_from = expand_from + -(-n * k // (8 * WORDS))
+            a_from = b_from + -(-n * self.columns // PACK_BLOCK)
+            programs = a_from + -(-padded * k // PACK_BLOCK)
+            nested = (0, 0, 0) if outer is None else (outer.absmax, outer.code, state.offset)
+            pointers = (weight.packed, state.absmax, state.code, *nested, a, b)
+            addresses = [t.data_ptr() if isinstance(t, torch.Tensor) else 0 for t in pointers]
+            of_low = (0, 0, 0) if a is None or b is None else (a.shape[0], a.stride(0), b.stride(0))
+            rows.append([expand_from, b_from, a_from, *addresses, start, n, column])
+            rows[-1] += [of_low[0], padded, *of_low[1:]]
+            start += n
+        return torch.tensor(rows, dtype=torch.int64).to(out.device), programs, start
 
 
-# A pure function of its key, which holds every address in it.
-_TABLES: dict[tuple[Any, ...], tuple[torch.Tensor, int, int]] = {}
-
-
-def _table(parts: Sequence[Part], columns: int, device: torch.device) -> tuple[torch.Tensor, int, int]:
-    """(the table, (parts, fields) int64; programs; rows of weights)."""
-    rows: list[list[int]] = []
-    programs = start = 0
-    for weight, a, b, column, padded in parts:
-        n, k = weight.shape
-        state, outer = weight.state, weight.state.state2
-        expand_from = programs
-        b_from = expand_from + -(-n * k // (8 * WORDS))
-        a_from = b_from + -(-n * columns // PACK_BLOCK)
-        programs = a_from + -(-padded * k // PACK_BLOCK)
-        nested = (0, 0, 0) if outer is None else (outer.absmax, outer.code, state.offset)
-        pointers = (weight.packed, state.absmax, state.code, *nested, a, b)
-        addresses = [t.data_ptr() if isinstance(t, torch.Tensor) else 0 for t in pointers]
-        low = (0, 0, 0) if a is None or b is None else (a.shape[0], a.stride(0), b.stride(0))
-        rows.append([expand_from, b_from, a_from, *addresses, start, n, column, low[0], padded, *low[1:]])
-        start += n
-    return torch.tensor(rows, dtype=torch.int64).to(device), programs, start
+_PLAINLY = torch._C.DisableTorchFunctionSubclass
+_POINTER = torch.Tensor.data_ptr
 
 
 def expand_4bit_reference(weight: FourBit) -> torch.Tensor:
