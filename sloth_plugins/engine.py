@@ -373,6 +373,9 @@ class _Run:
         before = bool(getattr(self.model, "is_gradient_checkpointing", False))
         if not before:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            from sloth_plugins.checkpointing.execute import recompute_all
+
+            recompute_all(self.model)
             model = weakref.ref(self.model)  # the undo list must not keep the model alive
 
             def disable() -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
+from sloth_plugins.checkpointing import repeat
 from sloth_plugins.numerics import Comparison
 from sloth_plugins.patches import Forward, _hooked, _takes, named_like
 from sloth_plugins.specs import FLOATS, KernelSpec, NotASite, Patch, Site, Skip
@@ -780,6 +781,7 @@ def _mlp_forward(
     read, takes, function = _reader(said), _takes(kernel), kernel.function
     (argument,) = (p.name for p in positional_parameters(type(module).forward)[:1])
     before: dict[str, _Item | None] = {}
+    repeats = {"output", "repeated"} <= set(inspect.signature(function).parameters)
 
     def fused(mlp: nn.Module, x: torch.Tensor, **options: int) -> Any:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
@@ -810,13 +812,13 @@ def _mlp_forward(
         x: Any = args[0] if args else kwargs.get(argument)
         if torch.compiler.is_compiling() or len(args) + len(kwargs) != 1 or not _served(x, takes):
             return otherwise(self, *args, **kwargs)
-        result = fused(self, x)
+        result = fused(self, x, **(repeat.options(self) if repeats else {}))
         return otherwise(self, x) if result is None else result
 
     def again(self: nn.Module, x: Any, tile: int) -> Any:
         if torch.compiler.is_compiling() or not _served(x, takes):
             return None
-        return fused(self, x, tile=tile)
+        return fused(self, x, tile=tile, **(repeat.options(self) if repeats else {}))
 
     vars(forward)["again"] = again if tiled else None
     return named_like(forward, module)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sloth_plugins.checkpointing.repeat import call_unread
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.numerics import Comparison
 from sloth_plugins.specs import KernelSpec, NotASite, Patch, Site, Skip
@@ -597,10 +598,13 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         if after:
             inner = steps[after](inner)
         normed, summed = function(inner, x, getattr(put_off, weight) if weight else None, **options)
-        outer = steps[mlp](normed)
-        return summed + (steps[last](outer) if last else outer)
+        if last:
+            return summed + steps[last](steps[mlp](normed))
+        ends = steps[mlp]
+        return summed + (ends(normed) if _hooked(ends) or _hooked(self) else call_unread(ends, normed))
 
     forward = named_like(_in_decorators(decorated, fused), module)
+    vars(forward)["ends_with_mlp"] = not last
     return Patch(
         module=site.module,
         op="add_rms_norm",

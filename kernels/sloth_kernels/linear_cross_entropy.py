@@ -64,6 +64,7 @@ from sloth_kernels._library import (
 )
 from sloth_kernels.gated_activation import as_matrix
 from sloth_kernels.nf4 import FourBit, expand_4bit, expand_4bit_reference
+from sloth_kernels.rms_norm import multiprocessors
 
 Weight = torch.Tensor | FourBit
 REDUCTIONS = ("mean", "sum", "none")
@@ -71,6 +72,9 @@ REDUCTIONS = ("mean", "sum", "none")
 LOGITS_BYTES = 600 * 2**20
 CPU_LOGITS_BYTES = 2**26
 ROW_MULTIPLE = 128
+# The tiles that cuBLAS takes for large matmuls, and rows that hide reading the weight behind computing.
+TILE_ROWS, TILE_COLUMNS = 128, 256
+FEWEST_ROWS = 1024
 # For sums of dW in 16 bits, see above: c1 + c2 + ... + 1, and the share of the tokens computed again.
 MOST_ROUNDINGS = 2.2
 MOST_AGAIN = 0.3
@@ -440,9 +444,22 @@ def most_rows(row_bytes: int, beside_bytes: int, device: torch.device) -> int:
     return max(1, most_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def chunk_rows(tokens: int, most: int) -> int:
-    """Rows of a chunk: a multiple of ROW_MULTIPLE, as few chunks as may be, all about as long."""
-    return _ceil(_ceil(tokens, _ceil(tokens, most)), ROW_MULTIPLE) * ROW_MULTIPLE
+def chunk_rows(tokens: int, most: int, width: int = 0, processors: int = 0) -> int:
+    """Rows of a chunk: a multiple of ROW_MULTIPLE, as few chunks as may be, all about as long.
+
+    With the width of the hidden states and a GPU's multiprocessors: the rows for which the gradient of the
+    hidden states takes the fewest rounds of tiles. It sums over the vocabulary, so each round is long, and
+    one that fills half of the card is half wasted. Of equal ones the shortest from FEWEST_ROWS on.
+    """
+    even = _ceil(_ceil(tokens, _ceil(tokens, most)), ROW_MULTIPLE) * ROW_MULTIPLE
+    if not processors or tokens <= FEWEST_ROWS or most <= FEWEST_ROWS:
+        return even
+
+    def rounds(rows: int) -> int:
+        parts = [rows] * (tokens // rows) + [tokens % rows]
+        return sum(_ceil(_ceil(part, TILE_ROWS) * _ceil(width, TILE_COLUMNS), processors) for part in parts)
+
+    return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=lambda rows: (rounds(rows), rows))
 
 
 def _ceil(n: int, by: int) -> int:
@@ -567,7 +584,8 @@ def _pass(
     if narrow:
         beside_bytes += 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
     most = most_rows(row_bytes, beside_bytes, hidden.device)
-    count, again, wide = chunk_rows(tokens, most), 0, False
+    processors = multiprocessors(hidden.device) if hidden.is_cuda else 0
+    count, again, wide = chunk_rows(tokens, most, k, processors), 0, False
     if narrow and exact and dtype == torch.float16:  # see HALF_SHIFT
         wide = True
     elif narrow:

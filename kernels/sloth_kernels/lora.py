@@ -667,6 +667,40 @@ class _LoraLinear(torch.autograd.Function):
         return None if done.dx is None else done.dx.view(x.shape), None, *found
 
 
+def _hidden(
+    last: _Group, gate: torch.Tensor, up: torch.Tensor, activation: str, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(room for down's extended input, act(gate) * up as its first columns)."""
+    width = last.row if last.extended else last.k
+    extended = torch.empty((gate.shape[0], width), dtype=gate.dtype, device=gate.device)
+    hidden = extended[:, : last.k]
+    gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
+    return extended, hidden
+
+
+def _down_low_rank(
+    last: _Group,
+    seeds: torch.Tensor | None,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    tensors: Sequence[torch.Tensor | None],
+    rows: torch.Tensor | None,
+    fused: bool,
+) -> torch.Tensor | None:
+    """P of down without y. rows: A of down (padded, I), or None to have it made."""
+    if not last.columns:
+        return None
+    a = tensors[0]
+    assert a is not None
+    if rows is None:
+        dtype = torch.float32 if last.wide else gate.dtype
+        rows = torch.zeros((last.columns, last.k), dtype=dtype, device=gate.device)
+        rows[: a.shape[0]] = a.detach()
+    _, hidden = _hidden(last, gate, up, activation, fused)
+    return _low_rank(last, seeds, rows, hidden, None, False)
+
+
 def _mlp_down(
     last: _Group,
     seeds: torch.Tensor | None,
@@ -679,10 +713,7 @@ def _mlp_down(
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, P of down) from gate(x) and up(x)."""
-    width = last.row if last.extended else last.k
-    extended = torch.empty((gate.shape[0], width), dtype=gate.dtype, device=gate.device)
-    hidden = extended[:, : last.k]
-    gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
+    extended, hidden = _hidden(last, gate, up, activation, fused)
     (y,), p = _group_forward(
         *(last, seeds, hidden, tensors),
         extended_x=extended if last.extended else None,
@@ -788,14 +819,19 @@ class _LoraMLP(torch.autograd.Function):
         first: _Group,
         last: _Group,
         activation: str,
+        output: bool,
         *tensors: torch.Tensor | None,
     ) -> Any:
         rows = as_matrix(x)
         seeds, last_seeds = first.seeds(x.device), last.seeds(x.device)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
-        ahead = _Ahead(last, rows, theirs)
+        ahead = _Ahead(last, rows, theirs) if output else None
         (gate, up), p = _group_forward(first, seeds, rows, ours, together=True, ahead=ahead)
-        y, p_last = _mlp_down(last, last_seeds, gate, up, activation, theirs, ahead, None, first.fused)
+        if output:
+            y, p_last = _mlp_down(last, last_seeds, gate, up, activation, theirs, ahead, None, first.fused)
+        else:
+            y = x.new_zeros(rows.shape[0], last.n)
+            p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, None, first.fused)
         ctx.first, ctx.last, ctx.activation = first, last, activation
         ctx.save_for_backward(x, p, gate, up, p_last, seeds, last_seeds, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -807,20 +843,21 @@ class _LoraMLP(torch.autograd.Function):
         if wants_graph():
             reference = functools.partial(_flat_mlp_reference, first, last, seeds, last_seeds, ctx.activation)
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
-            return dx, None, None, None, *rest
+            return dx, None, None, None, None, *rest
         saved = _Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)
         needs = ctx.needs_input_grad
         dx, found = _mlp_gradients(
-            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[4:]
+            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[5:]
         )
-        return None if dx is None else dx.view(x.shape), None, None, None, *found
+        return None if dx is None else dx.view(x.shape), None, None, None, None, *found
 
 
 class _LoraMLPAgain(torch.autograd.Function):
     """_LoraMLP in tiles of rows that keeps x and P of down: gate and up of a tile are made again when its
     gradients are.
 
-    Both groups are expanded once a pass. Sums over tiles are in float32.
+    Both groups are expanded once a pass. Sums over tiles are in float32. Where it is `repeated`, P of down is
+    made again too, and without `output` nothing is left to do in the forward.
     """
 
     @staticmethod
@@ -831,15 +868,22 @@ class _LoraMLPAgain(torch.autograd.Function):
         last: _Group,
         activation: str,
         tile: int,
+        output: bool,
+        repeated: bool,
         *tensors: torch.Tensor | None,
     ) -> Any:
         rows = as_matrix(x)
         parts = rows.split(tile)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
+        ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
+        if not output:
+            seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
+            ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
+            return x.new_zeros(*x.shape[:-1], last.n)
         of_first = _buffers(first, rows, ours)
         of_last = _buffers(last, rows, theirs) if len(parts) > 1 else None
         made, low = [], []
-        seeds: list[torch.Tensor | None] = []
+        seeds = []
         for part in parts:
             own = first.seeds(x.device), last.seeds(x.device)
             ahead = _Ahead(last, part, theirs) if of_last is None else None
@@ -849,9 +893,8 @@ class _LoraMLPAgain(torch.autograd.Function):
             y, p = _mlp_down(last, own[1], gate, up, activation, theirs, ahead, of_last, first.fused)
             del gate, up
             made.append(y)
-            low.append(p)
+            low.append(None if repeated else p)
             seeds.extend(own)
-        ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
         ctx.save_for_backward(x, *low, *seeds, *tensors)
         y = made[0] if len(made) == 1 else torch.cat(made)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -874,31 +917,37 @@ class _LoraMLPAgain(torch.autograd.Function):
                 return torch.cat(outs).view(*x.shape[:-1], outs[0].shape[-1])
 
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
-            return dx, None, None, None, None, *rest
-        ours = tensors[:-TENSORS_A_PROJECTION]
+            return dx, *[None] * 6, *rest
+        ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         several = len(parts) > 1
-        buffers = _buffers(first, rows, ours), _buffers(last, rows, tensors[-TENSORS_A_PROJECTION:])
+        buffers = _buffers(first, rows, ours), _buffers(last, rows, theirs)
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
             (gate, up), p = _group_forward(first, pair[0], part, ours, together=True, buffers=buffers[0])
+            if p_last is None:
+                p_last = _down_low_rank(
+                    last, pair[1], gate, up, activation, theirs, buffers[1].rows, first.fused
+                )
             dx, found = _mlp_gradients(
                 *(first, last, activation, _Saved(part, p, gate, up, p_last, *pair), tensors, own),
                 needs[0],
-                needs[5:],
+                needs[7:],
                 buffers,
                 torch.float32 if several else None,
             )
             if dx is not None:
                 dxs.append(dx)
-            total = [
-                new if old is None else old if new is None else old.add_(new)
-                for old, new in zip(total, found, strict=True)
-            ]
+            if all(t is None for t in total):
+                total = found
+            else:  # the same ones each time, in one launch
+                sums = [t for t in total if t is not None]
+                more: list[Any] = [t for t in found if t is not None]
+                torch._foreach_add_(sums, more)
         if several:
             total = [None if t is None else t.to(own.dtype) for t, own in zip(total, tensors, strict=True)]
         joined = None if not dxs else (torch.cat(dxs) if several else dxs[0]).view(x.shape)
-        return joined, None, None, None, None, *total
+        return joined, *[None] * 6, *total
 
 
 def _own(columns: torch.Tensor, slot: _Slot) -> torch.Tensor:
@@ -1038,6 +1087,8 @@ def lora_mlp(
     activation: str,
     fused: bool = True,
     tile: int | None = None,
+    output: bool = True,
+    repeated: bool = False,
 ) -> torch.Tensor:
     """down(act(gate(x)) * up(x)) as one function; keeps x, gate(x) and up(x) for the backward.
 
@@ -1049,6 +1100,11 @@ def lora_mlp(
         tile: tokens that are in the MLP at a time, 1 or more: only x is kept, and a tile's gate(x) and
             up(x) are made again in the backward. One tile gives the bits of None; sums over several round
             otherwise, and each has dropout masks of its own.
+        output: False where the output's value goes nowhere, as when a checkpointed layer that ends with this
+            and a residual addition is run again: what only the output needs is left out, and it is zeros.
+            Gradients are the same bits.
+        repeated: True where this call, or the one that it repeats, is made again before the backward: with
+            a tile even less is kept.
 
     Returns:
         (..., N) in x.dtype.
@@ -1073,9 +1129,11 @@ def lora_mlp(
     first, last, tensors, _ = _known(x, (gate, up, down), fused, make)
     result: torch.Tensor
     if tile is None:
-        result = _LoraMLP.apply(x, first, last, activation, *tensors)
+        result = _LoraMLP.apply(x, first, last, activation, output, *tensors)
     else:
-        result = _LoraMLPAgain.apply(x, first, last, activation, tile, *tensors)
+        result = _LoraMLPAgain.apply(
+            x, first, last, activation, tile, output, repeated or not output, *tensors
+        )
     return result
 
 

@@ -54,9 +54,12 @@ def lora_mlp_without_triton(
     *,
     activation: str,
     tile: int | None = None,
+    output: bool = True,
+    repeated: bool = False,
 ) -> torch.Tensor:
     """lora.lora_mlp by PyTorch's operators."""
-    return lora.lora_mlp(x, gate, up, down, activation=activation, fused=False, tile=tile)
+    options: dict[str, Any] = dict(tile=tile, output=output, repeated=repeated)
+    return lora.lora_mlp(x, gate, up, down, activation=activation, fused=False, **options)
 
 
 OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (

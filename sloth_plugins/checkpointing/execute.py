@@ -33,6 +33,7 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import Rates, measure_rates
+from sloth_plugins.checkpointing.repeat import Repeated
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
@@ -66,6 +67,18 @@ def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
     running = Running(model)
     running.use(chosen)
     return before_training_forwards(model, running, lambda args, kwargs: running.begin())
+
+
+def recompute_all(model: nn.Module) -> None:
+    """Of decoder layers that transformers has set to be recomputed: by a function that leaves out what is not
+    needed of the MLP then. Where a model has no such list of layers, transformers' function stays."""
+    try:
+        layers = decoder_layers(model)
+    except BadInputError:
+        return
+    for layer in layers:
+        if layer.gradient_checkpointing:
+            layer._gradient_checkpointing_func = _Ours("recompute", _Offload(), weakref.ref(layer), None)
 
 
 def before_training_forwards(
@@ -199,6 +212,8 @@ class _Ours:
         run = function if mlp is None else functools.partial(_with_mlp_again, mlp, self.tile, function)
         if option in ("keep", "recompute_mlp"):
             return run(*args)
+        if option in ("recompute", "recompute_offload"):
+            run = Repeated(run)
         if option == "recompute":
             return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
@@ -309,6 +324,8 @@ class _Block:
         self.entries: dict[tuple[int, int, int], _Entry] = {}
         self.before = None if before is None else weakref.ref(before)
         self.copied: Any = None
+        self.wanted = False
+        """Whether its backward has begun, the first time."""
 
     def release(self) -> None:
         """Drop the tensors on the device, for what the current stream does after they are copied."""
@@ -383,12 +400,13 @@ class _Offload:
                 return saved  # type: ignore[no-any-return]
             entry, block = saved.entry, saved.block
             side = self._side(entry.device)
-            if entry.back is None:
-                entry.fetch(side)
+            if not block.wanted:  # its first tensor: all of it comes now, and the block before it next
                 earlier = None if block.before is None else block.before()
+                block.wanted = True
                 for other in (*block.entries.values(), *(earlier.entries.values() if earlier else ())):
                     if other.left == other.users:
                         other.fetch(side)
+            entry.fetch(side)
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()
             return out.set_(storage, saved.offset, saved.size, saved.stride)
@@ -472,6 +490,9 @@ class Automatic:
         fused = bool(self.ops & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
         self.facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in self.ops)
         self.running = Running(model)
+        ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in self.running.layers]
+        ends_with_mlp = all(getattr(forward, "ends_with_mlp", False) for forward in ends)
+        self.facts = self.facts.replace(ends_with_mlp=ends_with_mlp)
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
         if len(self.running.layers) != self.facts.layers:

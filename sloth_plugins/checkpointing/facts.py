@@ -92,6 +92,8 @@ class ModelFacts:
     dropout: bool = False
     fused: bool = True
     """Norms, rotary embedding, LoRA and MLP run in the project's kernels."""
+    ends_with_mlp: bool = True
+    """A layer ends with its MLP and an addition: run again, it leaves out what the output alone needs."""
     fused_head: bool = True
     """The loss of the head holds no logits."""
     optimizer_bytes: int | None = None

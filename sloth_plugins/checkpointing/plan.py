@@ -19,7 +19,9 @@ others, so that each copy has several layers' time; recomputed ones come first.
 
 The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
 bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
-time is added, and so is the first copy back, which starts when it is wanted. The model of memory counts two
+time is added, and so is the first copy back, which starts when it is wanted. Where the host takes longer to
+launch a pass than the device to run it (many tiles, a slow processor), that is added instead if it is more.
+The model of memory counts two
 offloaded layers under way and one layer being recomputed, less what the backward has freed before.
 """
 
@@ -36,7 +38,7 @@ from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
 from sloth_plugins.checkpointing.rates import Rates
 from sloth_plugins.specs import BadInputError
 
-VERSION = 1
+VERSION = 2
 OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "offload")
 MLP_CLASSES = ("gate_up", "hidden")
 # Bytes that elementwise passes move over saved bytes, forward and backward, fitted to one H200 step each:
@@ -47,6 +49,9 @@ EXPANDED_BYTES = 2.56
 ATTENTION_BACKWARD = 3.4
 # Of what comes on top of weights and optimizer, for what the allocator can't use: 2 to 5 % were measured.
 MARGIN = 0.03
+# What the host takes for a layer's forward and backward, and for those of a tile of its MLP, in launches of a
+# matmul: 63 and 70 ms of 32 layers, 0.7 and 1.2 ms a tile where such a launch takes 22.5 us (an H200's host).
+FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (32, 54)
 IN_FLIGHT = 2
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
@@ -74,6 +79,11 @@ class Costs:
     options: dict[str, Option]
     tiled_s: float
     """What a layer's MLP in tiles costs on top, under every option; 0 without tiles."""
+    host_forward_s: float
+    """What the host takes to launch a layer's forward; where that is more, the device waits."""
+    host_backward_s: float
+    host_again_s: float
+    """For the forward of a layer that is run again."""
 
 
 def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> Costs:
@@ -103,6 +113,11 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> 
     tiled = mlp_again + 3 * more if mlp_tiles > 1 else 0.0
     if mlp_tiles > 1:
         full, forward = full - mlp, forward + more
+    again = forward
+    if facts.fused_mlp and facts.ends_with_mlp:  # down alone; with tiles, gate and up wait for the gradients
+        unread = 3 if mlp_tiles > 1 else 1
+        again -= unread * (2 * t * of_mlp / 3 / matmul + expansion(of_mlp // 3))
+        again -= traffic[0] * mlp / memory if mlp_tiles > 1 else 0.0
     head = (4 if facts.rank else 6) * t * facts.vocab * h / matmul
     if not facts.fused_head:
         head += t * facts.vocab * 3 * 12 / memory
@@ -110,16 +125,28 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> 
     rows = (
         ("keep", full, 0, 0, 0.0),
         ("recompute_mlp", full - mlp, mlp, 0, mlp_again),
-        ("recompute", boundary, full - boundary if facts.fused else full, 0, forward),
-        ("recompute_offload", 0, full, boundary, forward),
+        ("recompute", boundary, full - boundary if facts.fused else full, 0, again),
+        ("recompute_offload", 0, full, boundary, again),
         ("offload", 0, 0, full, 0.0),
     )
     options = {
-        name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=again)
-        for name, kept, passing, host, again in rows
+        name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=seconds)
+        for name, kept, passing, host, seconds in rows
     }
+    launches = list(FUSED_LAUNCHES if facts.fused else PLAIN_LAUNCHES)
+    untiled = launches[0] * rates.host_us * 1e-6
+    if mlp_tiles > 1:
+        launches = [n + mlp_tiles * a_tile for n, a_tile in zip(launches, TILE_LAUNCHES, strict=True)]
+    host_forward, host_backward = (n * rates.host_us * 1e-6 for n in launches)
     return Costs(
-        forward_s=forward, backward_s=backward, rest_s=head + optimizer, options=options, tiled_s=tiled
+        forward_s=forward,
+        backward_s=backward,
+        rest_s=head + optimizer,
+        options=options,
+        tiled_s=tiled,
+        host_forward_s=host_forward,
+        host_backward_s=host_backward,
+        host_again_s=untiled if facts.fused_mlp and facts.ends_with_mlp else host_forward,
     )
 
 
@@ -386,6 +413,7 @@ def _search(
     beside = (layers - 1) / layers
     to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
     step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
+    waits_forward = max(0.0, layers * (cost.host_forward_s - cost.forward_s))
     slowest = float("inf") if at_most is None else at_most.recompute_s + at_most.stall_s
     if layers * cost.tiled_s >= slowest:
         return None
@@ -465,6 +493,10 @@ def _search(
             + (copied.double() / from_host - (layers * cost.backward_s + again) * beside).clamp(min=0)
             + first.double() / from_host
         )
+        launches = layers * cost.host_backward_s + of_layer.double() * cost.host_again_s
+        waits = waits_forward + (launches - layers * cost.backward_s - again).clamp(min=0)
+        # Copies and the host's launches go on beside each other.
+        stall = stall.maximum(waits)
         fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
         if budget is not None:
             fits = fits & (peak + margin <= budget)

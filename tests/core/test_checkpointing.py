@@ -143,6 +143,10 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
         late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
         late += (full if offloaded else boundary if inputs else 0) / rates.from_host_gb_s / 1e9
+        launches = n * cost.host_backward_s + (whole + inputs) * cost.host_again_s
+        waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
+        waits += max(0.0, launches - n * cost.backward_s - again)
+        late = max(late, waits)
         best = again + late if best is None else min(best, again + late)
     return best
 

@@ -443,6 +443,13 @@ def test_the_choice_of_chunks(monkeypatch):
     assert op.chunk_rows(8192, 2176) == 2048
     assert op.chunk_rows(10_000, 2432) == 2048  # five about equal ones, not four of 2,432 and a rest
     assert op.chunk_rows(1, 2432) == 128
+    # On 132 multiprocessors 128 x 256 tiles of (rows, 4096) fill one round with 1,024 rows, two with 2,048.
+    assert op.chunk_rows(8192, 2176, 4096, 132) == op.chunk_rows(8192, 1792, 4096, 132) == 1024
+    assert op.chunk_rows(16_384, 2432, 4096, 132) == 1024
+    assert op.chunk_rows(8192, 2176, 8192, 132) == 1024  # two rounds each time
+    assert op.chunk_rows(6144, 2176, 2048, 132) == 2048  # 128 tiles; 64 with 1,024 rows
+    assert op.chunk_rows(900, 2176, 4096, 132) == 1024
+    assert op.chunk_rows(8192, 512, 4096, 132) == 512
     assert op._weight_chunks(8192, 2560) == (2560, 0, False)  # 512, 2560, 2560, 2560
     assert op._weight_chunks(8192, 2048) == (2048, 1, False)
     assert op._weight_chunks(8192, 1792) == (1792, 1, False)  # 1024, 1792, 1792, and two at once
