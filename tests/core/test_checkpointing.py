@@ -276,7 +276,7 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert CheckpointPlan.load(path) == made
     values = json.loads(path.read_text())
     for change, message in (
-        ({"version": 99}, "has version 99: allowed is 1"),
+        ({"version": 99}, "has version 99: allowed is 2"),
         ({"layers": ["keep"]}, f"one of {', '.join(OPTIONS)} for each of 32"),
         ({"layers": ["lose"] * 32}, "for each of 32 layers"),
         ({"facts": None}, "is no checkpointing plan"),
@@ -302,7 +302,7 @@ def test_names_of_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{}", '{"version": 0, "rates": {}}', "[1]", '{"version": 1, "rates": {"x": {}}}']
+    "content", [None, "", "{}", '{"version": 0, "rates": {}}', "[1]", '{"version": 2, "rates": {"x": {}}}']
 )
 def test_measured_rates_are_cached_and_a_corrupt_cache_is_rebuilt(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,7 +321,7 @@ def test_measured_rates_are_cached_and_a_corrupt_cache_is_rebuilt(
 
     for _ in range(2):
         assert measure_rates("cpu", measure=measure) == KNOWN["t4"]
-    assert len(calls) == 1 and json.loads(path.read_text())["version"] == 1
+    assert len(calls) == 1 and json.loads(path.read_text())["version"] == 2
     measure_rates("cpu", again=True, measure=measure)
     assert len(calls) == 2
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -13,7 +13,7 @@ from helpers import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sloth_plugins as sloth
-from sloth_plugins.checkpointing import execute
+from sloth_plugins.checkpointing import execute, repeat
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
 from sloth_plugins.checkpointing.plan import OPTIONS, CheckpointPlan, plan, smallest_budget_bytes
 from sloth_plugins.checkpointing.rates import KNOWN
@@ -170,6 +170,76 @@ def test_a_fused_mlp_makes_gate_and_up_again_itself(tiles: int, monkeypatch: pyt
         torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=1e-5 * gradient.norm().item())
 
 
+@pytest.mark.parametrize(("setting", "tiles"), [("plan", 1), ("plan", 4), ("recompute", 1)])
+def test_a_layer_that_runs_again_leaves_its_output_out(
+    setting: str, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an MLP at its end: the same bits without down_proj, in tiles without any of its matmuls."""
+    from sloth_kernels import lora
+
+    model, given = llama(4, 0.3), ids(3, 13)
+    kinds = {"plan": planned(model, ("recompute", "recompute_offload") * 2, mlp_tiles=tiles)}
+    with sloth.accelerate(model, checkpointing=kinds.get(setting, setting)):
+        with monkeypatch.context() as patch:
+            patch.setattr(repeat, "options", lambda module: {})  # everything, again
+            want = step(model, given)
+        function, at = (lora._LoraMLP, slice(4, 5)) if tiles == 1 else (lora._LoraMLPAgain, slice(5, 7))
+        calls: list[tuple[bool, ...]] = []
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *a: calls.append(a[at]) or apply(*a))
+        got = step(model, given)
+    same(got, want)
+    repeated = () if tiles == 1 else (True,)
+    assert calls == [(True, *repeated)] * LAYERS + [(False, *repeated)] * LAYERS
+
+
+def test_an_output_that_somebody_reads_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a hook on the MLP, a norm behind it, a layer that is not checkpointed as a whole."""
+    from sloth_kernels import lora
+
+    zeros: list[bool] = []
+    apply = lora._LoraMLP.apply
+    monkeypatch.setattr(lora._LoraMLP, "apply", lambda *a: zeros.append(not a[4]) or apply(*a))
+    model, seen = llama(4), []
+    with sloth.accelerate(model, checkpointing=planned(model, ("recompute",) * 4)):
+        mlp = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp"))
+        handle = mlp.register_forward_hook(lambda *a: seen.append(float(a[2].abs().sum())))
+        step(model, ids())
+        handle.remove()
+    assert sum(zeros) == LAYERS - 1 and seen and min(seen) > 0
+    zeros.clear()
+    with sloth.accelerate(model, checkpointing=planned(model, ("recompute_mlp",) * 4)):
+        step(model, ids())
+    assert not any(zeros)
+    # Gemma 2 has a norm behind the MLP, which saves its input.
+    from peft import LoraConfig, get_peft_model
+
+    gemma: Any = tiny_model("gemma2")
+    gemma = get_peft_model(gemma, LoraConfig(r=4, target_modules="all-linear")).train()
+    want = step(gemma, ids())
+    with sloth.accelerate(gemma, checkpointing="recompute") as acceleration:
+        assert "lora_mlp" in {row.op for row in acceleration.report.patched}
+        zeros.clear()
+        got = step(gemma, ids())
+    assert zeros and not any(zeros)
+    for name, gradient in want[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=1e-3, atol=1e-4 * gradient.norm().item())
+
+
+def test_a_module_inside_of_the_last_is_not_the_last() -> None:
+    """An expert's MLP, say, whose output is weighted before it is added."""
+    inner, outer = torch.nn.Identity(), torch.nn.Identity()
+    found = []
+    outer.forward = lambda x: (found.append((repeat.options(inner), repeat.options(outer))), x)[1]  # type: ignore[method-assign]
+    run = repeat.Repeated(lambda: repeat.call_unread(outer, None))
+    run()
+    run()
+    repeat.call_unread(outer, None)
+    kept = {"output": True, "repeated": True}
+    assert found == [({}, kept), ({}, {**kept, "output": False}), ({}, {})]
+    assert repeat.NOW.layer is None and repeat.NOW.unread is None
+
+
 def test_an_mlp_whose_patch_cannot_serve_is_checkpointed() -> None:
     """A hook on a child that the fused MLP would not call."""
     model = llama(4)
@@ -242,6 +312,39 @@ def test_offloaded_tensors_leave_and_come_back_once() -> None:
     del entries, loss
     gc.collect()
     assert not any(ref() for ref in made)
+    undo()
+
+
+def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no layer but the last of the offloaded ones waits for its copy."""
+    model = llama()
+    undo = planned(model, ("offload",) * 3 + ("keep",)).apply(model)
+    blocks: list[Any] = []
+    made = execute._Block.__init__
+    monkeypatch.setattr(
+        execute._Block, "__init__", lambda self, *a: (blocks.append(weakref.ref(self)), made(self, *a))[1]
+    )
+    loss = model(input_ids=ids(), labels=ids()).loss
+    owner = {id(e): i for i, ref in enumerate(blocks) for e in ref().entries.values()}
+    events: list[tuple[str, int]] = []
+    fetch, take = execute._Entry.fetch, execute._Entry.take
+
+    def fetched(self: Any, side: Any) -> None:
+        if self.back is None:
+            events.append(("fetch", owner[id(self)]))
+        fetch(self, side)
+
+    def taken(self: Any) -> torch.Tensor:
+        events.append(("take", owner[id(self)]))
+        return take(self)
+
+    monkeypatch.setattr(execute._Entry, "fetch", fetched)
+    monkeypatch.setattr(execute._Entry, "take", taken)
+    loss.backward()
+    order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
+    assert order[:3] == [("fetch", 2), ("fetch", 1), ("take", 2)]
+    assert order.index(("fetch", 0)) == order.index(("take", 1)) - 1  # with the first of layer 1's
+    assert not any(event[0] == "fetch" for event in order[order.index(("take", 1)) + 1 :])
     undo()
 
 

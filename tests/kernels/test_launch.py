@@ -7,7 +7,7 @@ import torch
 from sloth_kernels import _library
 from sloth_kernels._library import launch, tl, triton
 
-pytestmark = pytest.mark.gpu
+on_a_gpu = pytest.mark.gpu
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def expected(x: torch.Tensor, by: float, negate: bool) -> torch.Tensor:
     return (x.float() * by * (-1 if negate else 1)).to(x.dtype)
 
 
+@on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_specialization_is_right(dtype: torch.dtype) -> None:
     for _ in range(2):  # the first round compiles, the second takes the short way
@@ -50,6 +51,7 @@ def test_every_specialization_is_right(dtype: torch.dtype) -> None:
     assert len(_library._COMPILED) == 6 and len(_library._SHORT_WAY) == 1 and not _library._NO_SHORT_WAY
 
 
+@on_a_gpu
 def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     scaled(x, 2.0, False)
@@ -61,6 +63,7 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(scaled(x, 2.0, False), expected(x, 2.0, False))
 
 
+@on_a_gpu
 def test_another_interface_of_triton_keeps_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     monkeypatch.setattr(_library, "_prove_short_way", lambda *_: 1 / 0)
@@ -69,6 +72,7 @@ def test_another_interface_of_triton_keeps_the_ordinary_way(monkeypatch: pytest.
     assert not _library._COMPILED and len(_library._NO_SHORT_WAY) == 1
 
 
+@on_a_gpu
 def test_a_short_way_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     monkeypatch.setattr(_library.torch, "equal", lambda *_: False)
@@ -77,6 +81,7 @@ def test_a_short_way_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(y, expected(x, 2.0, True))
 
 
+@on_a_gpu
 def test_under_cuda_graph_capture() -> None:
     x = torch.randn(100, device="cuda")
     scaled(x, 2.0, False)
@@ -87,3 +92,11 @@ def test_under_cuda_graph_capture() -> None:
         y = scaled(x, 2.0, False)  # no proof here: it would synchronise
     graph.replay()
     assert torch.equal(y, expected(x, 2.0, False))
+
+
+def test_a_tensor_behind_a_scalar_is_refused() -> None:
+    x = torch.zeros(3)
+    assert _library._leading_tensors((x, None, x, 1, 2.0)) == 3
+    assert _library._leading_tensors((x,)) == 1
+    with pytest.raises(TypeError, match="a tensor behind a scalar"):
+        launch(_scale_kernel, (1,), x, 1, x, num_warps=1)

@@ -17,9 +17,11 @@ from sloth_kernels.lora import (
     lora_mlp,
     lora_mlp_reference,
 )
-from sloth_kernels.low_rank import Dropout, narrow_matmul, tall_matmul
+from sloth_kernels.low_rank import Dropout, activated_tall, narrow_matmul, tall_matmul
 from sloth_kernels.nf4 import FourBit
 from three_way import WAYS, check
+
+from sloth_plugins.numerics import relative_error
 
 GPU = torch.cuda.is_available()
 BASES = ["dense", "nf4", "fp4", "nf4 plain", "mixed"]
@@ -386,6 +388,45 @@ def test_a_small_update_survives(size, device):
     assert 0.9 < ours < 1.1
     if size == 1e-4:
         assert eager < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [16, 96, 192])
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_the_same_bits_each_time(tokens, rank, device):
+    """Kernels whose tensor cores read shared memory while it is filled again, if they can."""
+    make = dict(dtype=torch.bfloat16, device=device)
+    x = torch.randn(tokens, 4096, **make)
+    a = torch.randn(rank, 4096, **make)
+    copies = [torch.empty(tokens, 4096 + 256, **make) for _ in range(2)]
+
+    def narrow(copy):
+        return narrow_matmul(x, a, copy[:, :4096], copy[:, 4096 : 4096 + rank])
+
+    want = narrow(copies[0])
+    assert relative_error(want, x.double() @ a.double().t()) < 4e-3
+    for _ in range(100):
+        copies[1].fill_(float("nan"))
+        assert torch.equal(narrow(copies[1]), want)
+        assert torch.equal(copies[1][:, : 4096 + rank], copies[0][:, : 4096 + rank])
+    if rank > 64:
+        return
+    gate, up, grad = (torch.randn(tokens, 4096, **make) for _ in range(3))
+    q, p = torch.randn(tokens, rank, **make), torch.randn(tokens, 2 * rank, **make)
+    masks = Dropout(p=0.1, seeds=torch.randint(2**62, (1,), device=device), width=rank)
+
+    def tall(dropout):
+        out = torch.empty(2, tokens, 4096, **make)
+        own = (a, [p[:, :rank], p[:, rank:]])
+        found = activated_tall(
+            *(*out, grad, gate, up, q, *own), activation="silu", dtype=torch.float32, dropout=dropout
+        )
+        return [*out, *found]
+
+    for dropout in (None, masks):
+        first = tall(dropout)
+        for _ in range(50):
+            assert all(torch.equal(one, other) for one, other in zip(tall(dropout), first, strict=True))
 
 
 @pytest.mark.gpu
