@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sloth_plugins.checkpointing.repeat import call_unread
+from sloth_plugins.checkpointing.repeat import NOW, call_unread, note
 from sloth_plugins.hookspecs import hookimpl
 from sloth_plugins.numerics import Comparison
 from sloth_plugins.specs import KernelSpec, NotASite, Patch, Site, Skip
@@ -89,9 +89,12 @@ def _norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         x: Any = args[0] if args else kwargs.get(name)
         if len(args) + len(kwargs) != 1 or not takes(x):
             return original(self, *args, **kwargs)
-        if under_autocast and torch.is_autocast_enabled(x.device.type):
-            return call(self, x, torch.float32)
-        return call(self, x, None)
+        wide = under_autocast and torch.is_autocast_enabled(x.device.type)
+        out_dtype = torch.float32 if wide else None
+        y = call(self, x, out_dtype)
+        if NOW.norms:
+            note(self, y, x, lambda x: call(self, x, out_dtype))
+        return y
 
     named_like(forward, module)
     return Patch(
@@ -582,6 +585,7 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         raise NotASite("its norm changes dtype under autocast", benign=True)
     function, takes, weight = kernel.function, _takes(kernel), norm.facts["weight"]
     options = {key: norm.facts[key] for key in ("eps", "offset", "cast_before_weight")}
+    alone = _norm_call(context.choose(norm, "rms_norm"), norm)
     decorated = type(module).forward
     original = inspect.unwrap(decorated)
 
@@ -598,6 +602,8 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         if after:
             inner = steps[after](inner)
         normed, summed = function(inner, x, getattr(put_off, weight) if weight else None, **options)
+        if NOW.norms:
+            note(put_off, normed, summed, lambda x: alone(put_off, x, None))
         if last:
             return summed + steps[last](steps[mlp](normed))
         ends = steps[mlp]

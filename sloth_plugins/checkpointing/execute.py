@@ -33,13 +33,15 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import Rates, measure_rates
-from sloth_plugins.checkpointing.repeat import Repeated
+from sloth_plugins.checkpointing.repeat import NOW, Recipe, Repeated, place
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # Smaller tensors stay: a copy of its own would cost more than it frees.
 LEAST_BYTES = 2**20
+# Options under which a plan may leave out norms' outputs; the others make them again anyway.
+NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
 _ABSENT = object()
 
 
@@ -78,7 +80,9 @@ def recompute_all(model: nn.Module) -> None:
         return
     for layer in layers:
         if layer.gradient_checkpointing:
-            layer._gradient_checkpointing_func = _Ours("recompute", _Offload(), weakref.ref(layer), None)
+            layer._gradient_checkpointing_func = _Ours(
+                "recompute", _Offload(_Norms()), weakref.ref(layer), None
+            )
 
 
 def before_training_forwards(
@@ -113,7 +117,8 @@ class Running:
         self.theirs = any(layer.gradient_checkpointing for layer in layers)
         """Whether somebody else's checkpointing was on: ours takes its place until undone."""
         self._wanted: list[dict[str, Any]] = []
-        self._offload = _Offload()
+        self._norms = _Norms()
+        self._offload = _Offload(self._norms)
 
     @property
     def layers(self) -> list[Any]:
@@ -136,8 +141,9 @@ class Running:
                 option = "recompute"
             drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
             inner = None if mlp is None else weakref.ref(mlp)
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains)
-            on = option != "keep" or drains or (tile is not None and mlp is not None)
+            norms = self._norms if chosen.norms_again and option in NORMS_AGAIN else None
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains, norms)
+            on = option != "keep" or drains or (tile is not None and mlp is not None) or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
 
@@ -194,9 +200,10 @@ class _Ours:
         mlp: weakref.ref[nn.Module] | None,
         tile: int | None = None,
         drains: bool = False,
+        norms: _Norms | None = None,
     ) -> None:
         self.option, self.offload, self.layer, self.mlp = option, offload, layer, mlp
-        self.tile, self.drains = tile, drains
+        self.tile, self.drains, self.norms = tile, drains, norms
 
     def __reduce__(self) -> Any:
         # A copy of the model, or one from a file, has other layers: they recompute as transformers would.
@@ -211,14 +218,18 @@ class _Ours:
         mlp = self.mlp() if self.mlp is not None else None
         run = function if mlp is None else functools.partial(_with_mlp_again, mlp, self.tile, function)
         if option in ("keep", "recompute_mlp"):
-            return run(*args)
+            if self.norms is None:
+                return run(*args)
+            with self.norms.layer():
+                return run(*args)
         if option in ("recompute", "recompute_offload"):
             run = Repeated(run)
         if option == "recompute":
             return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
             if option == "offload":
-                return run(*args)
+                with _norms_noted(self.norms is not None):
+                    return run(*args)
             return checkpoint(run, *args, use_reentrant=False)
 
 
@@ -269,6 +280,78 @@ def mlp_of(layer: nn.Module, facts: ModelFacts) -> nn.Module | None:
         if {(h, i), (i, h)} <= shapes or {(h, 2 * i), (i, h)} <= shapes:
             return child
     return None
+
+
+# Norms
+
+
+@contextmanager
+def _norms_noted(on: bool) -> Iterator[None]:
+    """Norms inside say how their outputs are made, if `on`."""
+    before = NOW.norms, NOW.output, NOW.recipe
+    NOW.norms, NOW.output, NOW.recipe = on, None, None
+    try:
+        yield
+    finally:
+        NOW.norms, NOW.output, NOW.recipe = before
+
+
+class _Made(NamedTuple):
+    """A norm's output in place of which its input, as it was saved, is kept."""
+
+    recipe: Recipe
+    source: Any
+    version: int
+
+    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        if source is self.recipe.source and source._version != self.version:
+            raise RuntimeError("the input of a norm was changed in place between forward and backward")
+        with torch.no_grad():
+            made: torch.Tensor = self.recipe.make(source)
+            return made
+
+
+class _Norms:
+    """Norms' outputs that are not kept. Each norm's first one is made again at once, and must be the same."""
+
+    def __init__(self) -> None:
+        self._proven: dict[tuple[Any, ...], bool] = {}
+
+    def recipe_of(self, tensor: torch.Tensor) -> Recipe | None:
+        """How to make `tensor`, which is about to be saved, if it is what the last norm gave."""
+        recipe: Recipe | None = NOW.recipe
+        if recipe is None or type(tensor) is not torch.Tensor or place(tensor) != place(NOW.output):
+            return None
+        key = id(recipe.module), tensor.dtype, tensor.shape[-1]
+        if key not in self._proven:
+            self._proven[key] = self._prove(recipe, tensor)
+        return recipe if self._proven[key] else None
+
+    @staticmethod
+    def _prove(recipe: Recipe, tensor: torch.Tensor) -> bool:
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            with torch.no_grad():
+                made = recipe.make(recipe.source)
+            parts = [t.contiguous().view(torch.uint8) for t in (made, tensor.detach())]
+        except Exception:  # a kernel of somebody else's: then its output is kept
+            return False
+        return place(made)[1:] == place(tensor)[1:] and torch.equal(*parts)
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """What is saved inside stays, but for norms' outputs."""
+
+        def pack(tensor: torch.Tensor) -> Any:
+            recipe = self.recipe_of(tensor)
+            return tensor if recipe is None else _Made(recipe, recipe.source, recipe.source._version)
+
+        def unpack(saved: Any) -> Any:
+            return saved(saved.source) if isinstance(saved, _Made) else saved
+
+        with _norms_noted(True), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
 
 # Offloading
@@ -352,7 +435,8 @@ class _Offload:
     Layers whose copies may be under way, each way: IN_FLIGHT. On a CPU the copies are plain ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, norms: _Norms) -> None:
+        self._norms = norms
         self._leaving: deque[_Block] = deque()
         self._last: weakref.ref[_Block] | None = None
         self._sides: dict[torch.device, Any] = {}
@@ -374,6 +458,9 @@ class _Offload:
         device: list[torch.device] = []
 
         def pack(tensor: torch.Tensor) -> Any:
+            recipe = self._norms.recipe_of(tensor) if NOW.norms else None
+            if recipe is not None:
+                return _Made(recipe, pack(recipe.source), recipe.source._version)
             storage = tensor.untyped_storage()
             if (
                 type(tensor) is not torch.Tensor
@@ -396,6 +483,8 @@ class _Offload:
             )
 
         def unpack(saved: Any) -> torch.Tensor:
+            if isinstance(saved, _Made):
+                return saved(unpack(saved.source))
             if not isinstance(saved, _View):
                 return saved  # type: ignore[no-any-return]
             entry, block = saved.entry, saved.block
@@ -495,6 +584,7 @@ class Automatic:
         self.facts = self.facts.replace(ends_with_mlp=ends_with_mlp)
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
+        self.norms = (False, True) if {"rms_norm", "add_rms_norm"} <= self.ops else (False,)
         if len(self.running.layers) != self.facts.layers:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
@@ -562,7 +652,9 @@ class Automatic:
 
     def _least(self) -> str:
         assert self.plan is not None and self.rates is not None
-        least = smallest_budget_bytes(self.facts, self.plan.shape, self.rates, tiles=self.tiles)
+        least = smallest_budget_bytes(
+            self.facts, self.plan.shape, self.rates, tiles=self.tiles, norms=self.norms
+        )
         shape = self.plan.shape
         return f"{shape.batch} x {shape.seq} tokens need at least {gib(least)} by the plan's arithmetic"
 
@@ -572,13 +664,15 @@ class Automatic:
         assert self.plan is not None and self.rates is not None
         shape, before = self.plan.shape, self.plan.peak_bytes + self.plan.margin_bytes
         try:
-            chosen = plan(self.facts, shape, int(0.9 * before), self.rates, tiles=self.tiles)
+            chosen = plan(
+                self.facts, shape, int(0.9 * before), self.rates, tiles=self.tiles, norms=self.norms
+            )
         except BadInputError:
-            least = smallest_budget_bytes(self.facts, shape, self.rates, tiles=self.tiles)
+            least = smallest_budget_bytes(self.facts, shape, self.rates, tiles=self.tiles, norms=self.norms)
             if least >= before:
                 error.add_note(f"sloth: there is no plan with less memory. {self._least()}")
                 raise error from None
-            chosen = plan(self.facts, shape, least, self.rates, tiles=self.tiles)
+            chosen = plan(self.facts, shape, least, self.rates, tiles=self.tiles, norms=self.norms)
         self.budget = min(self.budget, int(0.9 * before))
         said = f"out of memory in a forward under a plan for {gib(before)}: planned anew for less"
         warnings.warn(f"sloth: {said} ({chosen}), and the forward is repeated", stacklevel=3)
@@ -620,12 +714,12 @@ class Automatic:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
         try:
-            chosen = plan(facts, shape, self.budget, rates, tiles=self.tiles)
+            chosen = plan(facts, shape, self.budget, rates, tiles=self.tiles, norms=self.norms)
         except BadInputError as error:
             if self.strict:
                 raise
-            least = smallest_budget_bytes(facts, shape, rates, tiles=self.tiles)
-            chosen = plan(facts, shape, least, rates, tiles=self.tiles)
+            least = smallest_budget_bytes(facts, shape, rates, tiles=self.tiles, norms=self.norms)
+            chosen = plan(facts, shape, least, rates, tiles=self.tiles, norms=self.norms)
             warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
             self.record["note"] = str(error)
         self._use(chosen)

@@ -314,7 +314,7 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
-    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1) -> int:
+    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False) -> int:
         """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
 
         mlp_tiles: parts of the tokens, one of which is in the MLP at a time; beyond 1 with what it saves, and
@@ -336,7 +336,7 @@ class ModelFacts:
             expanded = (2 * i + 2 * columns) * (h + ROW) * e + (h + columns) * (i + ROW) * e
         else:
             expanded = h * i * e
-        return expanded + gradients
+        return expanded + gradients + (t * h * e if norms_again else 0)
 
     def head_bytes(self, shape: Shape) -> int:
         """What the head and its loss take at most, while all of the layers' saved tensors are there."""

@@ -9,7 +9,8 @@ A layer takes one of OPTIONS, which say of each tensor class whether it is kept,
     offload            all lies in host memory
 
 Beside that the tokens may go through every layer's MLP in tiles, each of which is made again in the backward:
-all of gate and up is then never there, which counts for long rows and small budgets.
+all of gate and up is then never there, which counts for long rows and small budgets. And the outputs of norms
+may be made again from the norms' inputs, which are saved beside them, for one pass over memory.
 
 Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
 that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
@@ -28,6 +29,7 @@ offloaded layers under way and one layer being recomputed, less what the backwar
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ from sloth_plugins.specs import BadInputError
 
 VERSION = 2
 OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "offload")
-MLP_CLASSES = ("gate_up", "hidden")
+MLP_CLASSES, NORM_CLASSES = ("gate_up", "hidden"), ("normed", "mlp_normed")
 # Bytes that elementwise passes move over saved bytes, forward and backward, fitted to one H200 step each:
 # 28 ms of the fused one (benchmarks/NOTES.md), and what plain PEFT's 465 ms leave over.
 FUSED_TRAFFIC, PLAIN_TRAFFIC = (2.0, 5.0), (8.0, 16.0)
@@ -49,9 +51,9 @@ EXPANDED_BYTES = 2.56
 ATTENTION_BACKWARD = 3.4
 # Of what comes on top of weights and optimizer, for what the allocator can't use: 2 to 5 % were measured.
 MARGIN = 0.03
-# What the host takes for a layer's forward and backward, and for those of a tile of its MLP, in launches of a
-# matmul: 63 and 70 ms of 32 layers, 0.7 and 1.2 ms a tile where such a launch takes 22.5 us (an H200's host).
-FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (32, 54)
+# What the host takes for a layer's forward and backward, in launches of a matmul: 63 and 70 ms of 32 layers
+# where such a launch takes 22.5 us (an H200's host). For those of a tile of its MLP: by the number of calls.
+FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (20, 40)
 IN_FLIGHT = 2
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
@@ -86,7 +88,9 @@ class Costs:
     """For the forward of a layer that is run again."""
 
 
-def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> Costs:
+def costs(
+    facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1, norms_again: bool = False
+) -> Costs:
     """The costs of one layer and of the rest of the step."""
     t, h = shape.tokens, facts.hidden
     matmul, memory = rates.matmul_tflops * 1e12, rates.memory_tb_s * 1e12
@@ -122,12 +126,15 @@ def costs(facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1) -> 
     if not facts.fused_head:
         head += t * facts.vocab * 3 * 12 / memory
     optimizer = (3 * facts.gradient_bytes + 2 * facts.optimizer_state_bytes) / memory
+    normed = sum(saved[name] for name in NORM_CLASSES) if norms_again else 0
+    norm_s = 2 * normed / memory
+    kept = full - normed
     rows = (
-        ("keep", full, 0, 0, 0.0),
-        ("recompute_mlp", full - mlp, mlp, 0, mlp_again),
+        ("keep", kept, 0, 0, norm_s),
+        ("recompute_mlp", kept - mlp, mlp, 0, mlp_again + norm_s),
         ("recompute", boundary, full - boundary if facts.fused else full, 0, again),
         ("recompute_offload", 0, full, boundary, again),
-        ("offload", 0, 0, full, 0.0),
+        ("offload", 0, 0, kept, norm_s),
     )
     options = {
         name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=seconds)
@@ -171,6 +178,8 @@ class CheckpointPlan:
     stall_s: float
     mlp_tiles: int = 1
     """Parts of the tokens that go through each MLP one after another."""
+    norms_again: bool = False
+    """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
 
     def __repr__(self) -> str:
         return f"<CheckpointPlan: {self}>"
@@ -179,19 +188,21 @@ class CheckpointPlan:
         counts = {name: self.layers.count(name) for name in OPTIONS}
         named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else ""
+        norms = ", norms again" if self.norms_again else ""
+        tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
-            f"{named} of {len(self.layers)} layers{tiles} at {self.shape.batch} x {self.shape.seq} tokens: "
+            f"{named} of {len(self.layers)} layers{tiles}{norms} at {tokens}: "
             f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
         )
 
     def classes(self, layer: int) -> dict[str, str]:
         """keep, recompute or offload for each tensor class of a layer."""
         option = self.layers[layer]
-        again = dict.fromkeys(MLP_CLASSES, "recompute") if self.mlp_tiles > 1 else {}
+        again = {*(MLP_CLASSES if self.mlp_tiles > 1 else ()), *(NORM_CLASSES if self.norms_again else ())}
         if option in ("keep", "offload"):
-            return dict.fromkeys(CLASSES, option) | again
+            return {name: "recompute" if name in again else option for name in CLASSES}
         if option == "recompute_mlp":
-            return {name: "recompute" if name in MLP_CLASSES else "keep" for name in CLASSES}
+            return {name: "recompute" if name in again | {*MLP_CLASSES} else "keep" for name in CLASSES}
         return dict.fromkeys(CLASSES, "recompute") | {"input": "offload" if "offload" in option else "keep"}
 
     def covers(self, shape: Shape) -> bool:
@@ -212,7 +223,7 @@ class CheckpointPlan:
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
-        return costs(self.facts, self.shape, self.rates, self.mlp_tiles)
+        return costs(self.facts, self.shape, self.rates, self.mlp_tiles, self.norms_again)
 
     @property
     def tile_tokens(self) -> int:
@@ -237,7 +248,7 @@ class CheckpointPlan:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
         facts, shape = self.facts, self.shape
         options = self.costs().options
-        work, grads = facts.workspace_bytes(shape, self.mlp_tiles), facts.gradient_bytes
+        work, grads = facts.workspace_bytes(shape, self.mlp_tiles, self.norms_again), facts.gradient_bytes
         base = fixed_bytes(facts) + facts.ends_bytes(shape)
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
@@ -321,20 +332,22 @@ def plan(
     host_bytes: int | None = None,
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
+    norms: Sequence[bool] = (False, True),
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
-    them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. Raises BadInputError,
-    with the smallest budget that fits, where none does.
+    them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
+    norms' outputs may be made again, False among them. Raises BadInputError, with the smallest budget that
+    fits, where none does.
     """
     best: CheckpointPlan | None = None
-    for count in _tiles(shape, tiles):
-        made = _search(facts, shape, budget_bytes, rates, host_bytes, allow, count, best)
+    for count, again in itertools.product(_tiles(shape, tiles), _norms(facts, norms)):
+        made = _search(facts, shape, budget_bytes, rates, host_bytes, allow, count, again, best)
         best = made or best
     if best is not None:
         return best
-    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles)
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
         "weights": facts.weights_bytes,
@@ -356,9 +369,10 @@ def smallest_budget_bytes(
     host_bytes: int | None = None,
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
+    norms: Sequence[bool] = (False, True),
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _smallest(facts, shape, rates, host_bytes, allow, tiles)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms)
     return least.peak_bytes + least.margin_bytes
 
 
@@ -368,6 +382,13 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
     return [count for count in sorted(set(tiles)) if count == 1 or shape.tokens >= count * LEAST_TILE]
 
 
+def _norms(facts: ModelFacts, norms: Sequence[bool]) -> list[bool]:
+    if False not in norms:
+        raise BadInputError(f"norms={tuple(norms)!r}: allowed are False, and True beside it")
+    # Elsewhere torch's checkpointing of an MLP holds its input.
+    return sorted(set(norms)) if facts.fused_mlp else [False]
+
+
 def _smallest(
     facts: ModelFacts,
     shape: Shape,
@@ -375,12 +396,14 @@ def _smallest(
     host_limit: int | None,
     allow: Sequence[str],
     tiles: Sequence[int],
+    norms: Sequence[bool],
 ) -> CheckpointPlan:
     """The plan that needs the least memory: smaller tiles never need more."""
     found = [
         made
         for count in {1, _tiles(shape, tiles)[-1]}
-        if (made := _search(facts, shape, None, rates, host_limit, allow, count, None)) is not None
+        for again in _norms(facts, norms)
+        if (made := _search(facts, shape, None, rates, host_limit, allow, count, again, None)) is not None
     ]
     return min(found, key=lambda made: (made.peak_bytes + made.margin_bytes, made.mlp_tiles))
 
@@ -393,6 +416,7 @@ def _search(
     host_limit: int | None,
     allow: Sequence[str],
     mlp_tiles: int,
+    norms_again: bool,
     at_most: CheckpointPlan | None,
 ) -> CheckpointPlan | None:
     """The fastest plan within the budget, of equal ones that which copies least; None: the smallest.
@@ -404,11 +428,11 @@ def _search(
     unknown = [name for name in allow if name not in OPTIONS]
     if unknown or "keep" not in allow:
         raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
-    cost, layers = costs(facts, shape, rates, mlp_tiles), facts.layers
+    cost, layers = costs(facts, shape, rates, mlp_tiles, norms_again), facts.layers
     options = cost.options
     full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
     fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
-    work, head = facts.workspace_bytes(shape, mlp_tiles), facts.head_bytes(shape)
+    work, head = facts.workspace_bytes(shape, mlp_tiles, norms_again), facts.head_bytes(shape)
     gradients = 0 if facts.accumulates else facts.gradient_bytes
     beside = (layers - 1) / layers
     to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
@@ -428,6 +452,7 @@ def _search(
     rest = layers - offloaded - of_mlp - of_layer
     again = (
         layers * cost.tiled_s
+        + (rest + offloaded).double() * options["keep"].recompute_s
         + of_mlp.double() * options["recompute_mlp"].recompute_s
         + of_layer.double() * options["recompute"].recompute_s
     )
@@ -529,6 +554,7 @@ def _search(
         recompute_s=again_s,
         stall_s=stall_s,
         mlp_tiles=mlp_tiles,
+        norms_again=norms_again,
     )
 
 

@@ -1,17 +1,41 @@
-"""What runs inside of a checkpointed layer learns whether it runs for the first time or again.
+"""What runs inside of a decoder layer learns what of it is made again.
 
 A layer that is run again is run for what its functions save; its output goes nowhere. Where its last step is
 an addition, which saves nothing, the value of the MLP before it is not needed then.
+
+And the output of a norm, which the layers behind it save, is a cheap function of the norm's input, which is
+saved as well: norms say how to make it again.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A norm's output that `make(source)` gives to the bit; module: the norm."""
+
+    module: Any
+    source: Any
+    make: Callable[[Any], Any]
+
+
+def place(tensor: Any) -> tuple[Any, ...]:
+    """What identifies a tensor for as long as it is alive: its address, shape, strides and dtype."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class _Now(threading.local):
+    norms: bool = False
+    """Whether norms are to say how their outputs are made."""
+    output: Any = None
+    """Of the last norm. It is held, so that nothing else gets its place in memory and is taken for it."""
+    recipe: Recipe | None = None
+    """That of the output."""
     layer: str | None = None
     """"first" or "again" inside of a layer whose whole forward is run again for its backward, or None."""
     unread: Any = None
@@ -48,6 +72,11 @@ def call_unread(module: Any, x: Any) -> Any:
         return module(x)
     finally:
         NOW.unread = before
+
+
+def note(module: Any, output: Any, source: Any, make: Callable[[Any], Any]) -> None:
+    """A norm's output and how `make` gets it from `source`, which the norm's function saves."""
+    NOW.output, NOW.recipe = output.detach(), Recipe(module=module, source=source.detach(), make=make)
 
 
 def options(module: Any) -> dict[str, bool]:

@@ -119,9 +119,10 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
 def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> float | None:
     """The shortest recomputation and waiting of all counts, one by one, by the module's formulas."""
     n, best, tile_counts = facts.layers, None, [m for m in TILES if shape.tokens >= m * 512]
-    for tiles, mlp, whole, inputs, offloaded in itertools.product(tile_counts, *[range(n + 1)] * 4):
-        cost = costs(facts, shape, rates, tiles)
-        o, work = cost.options, facts.workspace_bytes(shape, tiles)
+    counts_of = itertools.product(tile_counts, (False, True), *[range(n + 1)] * 4)
+    for tiles, norms, mlp, whole, inputs, offloaded in counts_of:
+        cost = costs(facts, shape, rates, tiles, norms)
+        o, work = cost.options, facts.workspace_bytes(shape, tiles, norms)
         full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
         rest = n - mlp - whole - inputs - offloaded
         if rest < (1 if offloaded else 0) or (tiles > 1 and mlp):
@@ -137,7 +138,7 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         if fixed_bytes(facts) + above * (1 + planner.MARGIN) > budget:
             continue
         again = mlp * o["recompute_mlp"].recompute_s + (whole + inputs) * o["recompute"].recompute_s
-        again += n * cost.tiled_s
+        again += n * cost.tiled_s + (rest + offloaded) * o["keep"].recompute_s
         copied = (offloaded * full + inputs * boundary) / 1e9
         beside = (n - 1) / n
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
@@ -263,7 +264,8 @@ def test_classes_and_shapes_of_a_plan() -> None:
     for layer, option in enumerate(made.layers):
         classes = made.classes(layer)
         assert tuple(classes) == CLASSES
-        assert ("recompute" in classes.values()) == ("recompute" in option or made.mlp_tiles > 1)
+        again = "recompute" in option or made.mlp_tiles > 1 or made.norms_again
+        assert ("recompute" in classes.values()) == again
         assert classes["input"] == ("offload" if "offload" in option else "keep")
     assert made.covers(Shape(batch=4, seq=1024)) and made.covers(made.shape)
     assert not made.covers(Shape(batch=1, seq=2049)) and not made.covers(Shape(batch=3, seq=2048))
@@ -376,9 +378,9 @@ def test_the_command_prints_draws_and_saves(directory: Path, capsys: pytest.Capt
     assert f"MLPs run in {small.mlp_tiles} tiles of {small.tile_tokens} tokens" in out
     kept = small.costs().options["keep"].kept_bytes
     assert code == 0 and f"{kept / 2**20:.0f} " in out
-    assert kept == sum(size for name, size in small.facts.saved_bytes(small.shape).items()) - (
-        small.facts.mlp_bytes(small.shape)
-    )
+    sizes = small.facts.saved_bytes(small.shape)
+    normed = sizes["normed"] + sizes["mlp_normed"] if small.norms_again else 0
+    assert kept == sum(sizes.values()) - small.facts.mlp_bytes(small.shape) - normed
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sloth_plugins as sloth
@@ -193,6 +194,73 @@ def test_a_layer_that_runs_again_leaves_its_output_out(
     assert calls == [(True, *repeated)] * LAYERS + [(False, *repeated)] * LAYERS
 
 
+@pytest.mark.parametrize(
+    ("layers", "tiles"),
+    [(("keep",) * 4, 1), (("recompute_mlp",) * 4, 1), (("offload",) * 3 + ("keep",), 1), (MIXED, 4)],
+)
+def test_norms_again_give_the_same_bits_and_are_not_kept(
+    layers: tuple[str, ...], tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, a second backward through the same graph, and no norm's output alive after the forward."""
+    model, given = llama(4, 0.3), ids(3, 13)
+    got, outputs = {}, []
+    note = repeat.note
+
+    def noted(module: Any, output: Any, *others: Any) -> None:
+        outputs.append(StorageWeakRef(output.untyped_storage()))
+        note(module, output, *others)
+
+    monkeypatch.setattr("sloth_plugins.patches.note", noted)
+    for again in (False, True):
+        chosen = planned(model, layers, mlp_tiles=tiles, norms_again=again)
+        with sloth.accelerate(model, checkpointing=chosen) as acceleration:
+            assert {"rms_norm", "add_rms_norm"} <= {row.op for row in acceleration.report.patched}
+            got[again] = step(model, given)
+            outputs.clear()
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(3)
+            loss = model(input_ids=given, labels=given).loss
+            assert all(ref.expired() for ref in outputs)
+            loss.backward(retain_graph=True)
+            loss.backward()
+            for name, gradient in got[again][1].items():
+                assert torch.equal(model.get_parameter(name).grad, gradient + gradient), name
+    same(got[True], got[False])
+    whole = sum(option in ("recompute", "recompute_offload") for option in layers)
+    assert len(outputs) == 2 * (LAYERS - whole)
+    assert repeat.NOW.output is None and repeat.NOW.recipe is None and not repeat.NOW.norms
+
+
+def test_an_output_that_is_not_the_norms_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a norm's second run gives other bits, and where its input is changed meanwhile."""
+    model, given = llama(4), ids()
+    with sloth.accelerate(model, checkpointing=planned(model, ("keep",) * 4)):
+        want = step(model, given)
+    note = repeat.note
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "sloth_plugins.patches.note",
+            lambda module, output, source, make: note(module, output, source, lambda x: make(x) + 1e-6),
+        )
+        with sloth.accelerate(model, checkpointing=planned(model, ("keep",) * 4, norms_again=True)):
+            same(step(model, given), want)
+    norms = execute._Norms()
+    x, norm = torch.randn(3, 8, requires_grad=True), torch.nn.RMSNorm(8)
+    norm.weight.requires_grad_(False)
+    weight = torch.randn(8, 8, requires_grad=True)
+    with norms.layer():
+        source = x * 1
+        y = norm(source)
+        repeat.note(norm, y, source, norm)
+        out = (y @ weight).sum()
+        del y
+    source.data.add_(1)
+    torch.autograd.grad(out, weight, retain_graph=True)  # through .data nobody sees it, as everywhere
+    source.detach().add_(1)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        torch.autograd.grad(out, weight)
+
+
 def test_an_output_that_somebody_reads_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a hook on the MLP, a norm behind it, a layer that is not checkpointed as a whole."""
     from sloth_kernels import lora
@@ -349,7 +417,7 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
 
 
 def test_views_of_one_storage_leave_as_one_and_come_back_as_they_were() -> None:
-    offload, seen = execute._Offload(), []
+    offload, seen = execute._Offload(execute._Norms()), []
 
     class Keeps(torch.autograd.Function):
         @staticmethod
