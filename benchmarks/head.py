@@ -12,7 +12,7 @@ it.
 "grpo_128256" is what GRPO asks of a head: 4 rows of 4,096 tokens, a frozen weight, a temperature, weighted
 log-probabilities with gradients, and entropies without. "trl" computes them of all logits, as TRL does
 without its tiled head, and "trl_tiled" by that (both of the TRL that is installed); "sloth" is
-linear_log_probs.
+linear_log_probs. "grpo_49152" is the same for SmolLM2-135M, whose hidden states are 576 wide.
 
 A sample is the time by events of one forward and backward, launches and allocations included; the
 implementations take turns. `peak_bytes` is what a call allocates at most beyond its inputs and gradients.
@@ -40,6 +40,7 @@ from sloth_plugins.numerics import relative_error  # noqa: E402
 
 TOKENS, WIDTH, VOCABULARIES = 8192, 4096, (128_256, 151_936)
 GRPO_ROWS, GRPO_TOKENS, TEMPERATURE = 4, 4096, 0.9
+SMALL_VOCABULARY, SMALL_WIDTH = 49_152, 576  # SmolLM2-135M
 TRUTH_TOKENS = 1024
 Step = Callable[[], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 
@@ -201,14 +202,14 @@ def milliseconds(step: Step) -> float:
 
 
 def measure(
-    vocabulary: int, trainable: bool, grpo: bool, samples: int, quantile: Any
+    vocabulary: int, width: int, trainable: bool, grpo: bool, samples: int, quantile: Any
 ) -> list[dict[str, Any]]:
     """The rows of one case, without what is the same for the whole run."""
     torch.manual_seed(0)
     make: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
     rows_of = (GRPO_ROWS, GRPO_TOKENS) if grpo else (TOKENS,)
-    hidden = torch.randn(*rows_of, WIDTH, **make).requires_grad_()
-    weight = (torch.randn(vocabulary, WIDTH, **make) / WIDTH**0.5).requires_grad_(trainable)
+    hidden = torch.randn(*rows_of, width, **make).requires_grad_()
+    weight = (torch.randn(vocabulary, width, **make) / width**0.5).requires_grad_(trainable)
     labels = torch.randint(0, vocabulary, rows_of, device="cuda")
     weights = torch.full(rows_of, 1 / labels.numel(), device="cuda")
     if grpo:  # advantages
@@ -277,11 +278,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     cases = {
-        f"{'trainable' if trainable else 'frozen'}_{vocabulary}": (vocabulary, trainable, False)
+        f"{'trainable' if trainable else 'frozen'}_{vocabulary}": (vocabulary, WIDTH, trainable, False)
         for trainable in (False, True)
         for vocabulary in VOCABULARIES
     }
-    cases["grpo_128256"] = (128_256, False, True)
+    cases["grpo_128256"] = (128_256, WIDTH, False, True)
+    cases[f"grpo_{SMALL_VOCABULARY}"] = (SMALL_VOCABULARY, SMALL_WIDTH, False, True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="JSON lines, written as the cases finish; else on stdout")
     parser.add_argument("--cases", nargs="+", default=list(cases), choices=list(cases))

@@ -1,6 +1,7 @@
-"""The picture of whole training steps in README.md, from the newest `results/*-steps*.jsonl`.
+"""The pictures of whole training steps in README.md, from the newest `results/*-steps*.jsonl`, and of budgets
+from the newest `results/*-budgets*.jsonl`.
 
-python benchmarks/make_chart.py            # writes docs/steps.png
+python benchmarks/make_chart.py            # writes docs/steps.png and docs/budgets.png
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = ROOT / "docs" / "steps.png"
+PICTURE, BUDGETS = (ROOT / "docs" / f"{name}.png" for name in ("steps", "budgets"))
 NAMES = {"sloth": "sloth-plugins", "unsloth": "Unsloth", "axolotl": "Axolotl's kernels", "hf": "plain PEFT"}
 COLOURS = {"sloth": "#1b7f5c", "unsloth": "#8b98a5", "axolotl": "#a9b3bd", "hf": "#c8cfd6"}
 
 
-def newest() -> Path:
-    """The newest file of steps; the second one of a day ends in -2."""
-    return max((ROOT / "benchmarks" / "results").glob("*-steps*.jsonl"), key=lambda path: path.stem)
+def newest(kind: str) -> list[dict[str, Any]]:
+    """The rows of the newest file of a kind; the second one of a day ends in -2."""
+    path = max((ROOT / "benchmarks" / "results").glob(f"*-{kind}*.jsonl"), key=lambda path: path.stem)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def cases(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -37,8 +39,7 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    source = newest()
-    groups = cases([json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()])
+    groups = cases(newest("steps"))
     heights = [len(own) for own in groups.values()]
     figure, axes = plt.subplots(
         len(groups), 1, figsize=(8, 0.36 * sum(heights) + 0.5 * len(groups) + 0.5), sharex=True,
@@ -62,6 +63,44 @@ def main() -> None:
     )
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+    draw_budgets([row for row in newest("budgets") if (row["B"], row["S"]) == (2, 2048)])
+
+
+def said(row: dict[str, Any]) -> str:
+    """What a row's step does with its activations."""
+    word, _, budget = row["ck"].partition(":")
+    whose = NAMES[row["impl"]] if row["impl"] != "sloth" else "sloth"
+    ways = {"none": "keeps all", "hf": "recomputes all layers", "offload": "its offload"}
+    return f"{whose}, budget {budget} GiB" if word == "auto" and budget else f"{whose} {ways.get(word, word)}"
+
+
+def draw_budgets(rows: list[dict[str, Any]]) -> None:
+    """Tokens/s over peak memory; ours joined by a line."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for impl in sorted({row["impl"] for row in rows}):
+        own = sorted((row for row in rows if row["impl"] == impl), key=lambda row: row["peak_gb"])
+        line = "-" if impl == "sloth" else "none"
+        axes.plot(
+            [row["peak_gb"] for row in own], [row["tok_s"] for row in own],
+            marker="o", linestyle=line, color=COLOURS[impl],
+        )  # fmt: skip
+        for row in own:
+            text = f"{said(row)}: {row['tok_s']:,}"
+            axes.annotate(
+                text, (row["peak_gb"], row["tok_s"]), (7, -11), textcoords="offset points", fontsize=8
+            )
+    axes.set_xlim(0, 1.28 * max(row["peak_gb"] for row in rows))
+    axes.set_ylim(0, 1.12 * max(row["tok_s"] for row in rows))
+    axes.set_xlabel("peak memory, GiB", fontsize=9)
+    axes.set_ylabel("tokens/s", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.set_title(f"QLoRA, Llama-8B shapes, 2 x 2,048 tokens, {rows[0]['gpu']}", loc="left", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(BUDGETS, dpi=110)
 
 
 if __name__ == "__main__":
