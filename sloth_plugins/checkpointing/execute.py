@@ -299,16 +299,22 @@ def _norms_noted(on: bool) -> Iterator[None]:
 class _Made(NamedTuple):
     """A norm's output in place of which its input, as it was saved, is kept."""
 
-    recipe: Recipe
+    make: Callable[[Any], Any]
     source: Any
-    version: int
+    version: int | None = None
+    """Of a source that stays where it is."""
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        if source is self.recipe.source and source._version != self.version:
+        if self.version is not None and source._version != self.version:
             raise RuntimeError("the input of a norm was changed in place between forward and backward")
-        with torch.no_grad():
-            made: torch.Tensor = self.recipe.make(source)
-            return made
+        return _plainly(self.make, source)
+
+
+def _plainly(make: Callable[[Any], Any], source: torch.Tensor) -> torch.Tensor:
+    """`make(source)` as a backward runs it, where no autocast is."""
+    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+        made: torch.Tensor = make(source)
+        return made
 
 
 class _Norms:
@@ -332,8 +338,7 @@ class _Norms:
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         try:
-            with torch.no_grad():
-                made = recipe.make(recipe.source)
+            made = _plainly(recipe.make, recipe.source)
             parts = [t.contiguous().view(torch.uint8) for t in (made, tensor.detach())]
         except Exception:  # a kernel of somebody else's: then its output is kept
             return False
@@ -345,7 +350,7 @@ class _Norms:
 
         def pack(tensor: torch.Tensor) -> Any:
             recipe = self.recipe_of(tensor)
-            return tensor if recipe is None else _Made(recipe, recipe.source, recipe.source._version)
+            return tensor if recipe is None else _Made(recipe.make, recipe.source, recipe.source._version)
 
         def unpack(saved: Any) -> Any:
             return saved(saved.source) if isinstance(saved, _Made) else saved
@@ -460,7 +465,7 @@ class _Offload:
         def pack(tensor: torch.Tensor) -> Any:
             recipe = self._norms.recipe_of(tensor) if NOW.norms else None
             if recipe is not None:
-                return _Made(recipe, pack(recipe.source), recipe.source._version)
+                return _Made(recipe.make, pack(recipe.source))  # the source itself leaves
             storage = tensor.untyped_storage()
             if (
                 type(tensor) is not torch.Tensor

@@ -203,12 +203,15 @@ def test_norms_again_give_the_same_bits_and_are_not_kept(
 ) -> None:
     """Dropout, a second backward through the same graph, and no norm's output alive after the forward."""
     model, given = llama(4, 0.3), ids(3, 13)
-    got, outputs = {}, []
+    got: dict[bool, Any] = {}
+    outputs: list[StorageWeakRef] = []
+    sources: list[StorageWeakRef] = []
     note = repeat.note
 
-    def noted(module: Any, output: Any, *others: Any) -> None:
+    def noted(module: Any, output: Any, source: Any, make: Any) -> None:
         outputs.append(StorageWeakRef(output.untyped_storage()))
-        note(module, output, *others)
+        sources.append(StorageWeakRef(source.untyped_storage()))
+        note(module, output, source, make)
 
     monkeypatch.setattr("sloth_plugins.patches.note", noted)
     for again in (False, True):
@@ -217,10 +220,21 @@ def test_norms_again_give_the_same_bits_and_are_not_kept(
             assert {"rms_norm", "add_rms_norm"} <= {row.op for row in acceleration.report.patched}
             got[again] = step(model, given)
             outputs.clear()
+            sources.clear()
             model.zero_grad(set_to_none=True)
             torch.manual_seed(3)
             loss = model(input_ids=given, labels=given).loss
             assert all(ref.expired() for ref in outputs)
+            left = [ref.expired() for ref in sources]
+            assert (
+                left
+                == [
+                    option == "offload"
+                    for option in layers
+                    if option != "recompute_offload"
+                    for _ in range(2)
+                ][: len(left)]
+            )
             loss.backward(retain_graph=True)
             loss.backward()
             for name, gradient in got[again][1].items():
@@ -280,13 +294,14 @@ def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torc
 
 
 @pytest.mark.gpu
-def test_memory_that_is_offloaded_is_free_on_a_gpu() -> None:
+@pytest.mark.parametrize("norms", [False, True])
+def test_memory_that_is_offloaded_is_free_on_a_gpu(norms: bool) -> None:
     """What is allocated after a forward: less by what leaves, and nothing stays after the backward."""
     model, given = llama(4).cuda(), ids(8, 64).cuda()
     held = {}
     for option in ("keep", "recompute_offload", "offload"):
         layers = (option,) * 3 + ("keep",)
-        with sloth.accelerate(model, checkpointing=planned(model, layers)):
+        with sloth.accelerate(model, checkpointing=planned(model, layers, norms_again=norms)):
             step(model, given)
             model.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
