@@ -117,8 +117,8 @@ class Running:
         self.theirs = any(layer.gradient_checkpointing for layer in layers)
         """Whether somebody else's checkpointing was on: ours takes its place until undone."""
         self._wanted: list[dict[str, Any]] = []
-        self._norms = _Norms()
-        self._offload = _Offload(self._norms)
+        self.norms = _Norms()
+        self._offload = _Offload(self.norms)
 
     @property
     def layers(self) -> list[Any]:
@@ -141,7 +141,7 @@ class Running:
                 option = "recompute"
             drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
             inner = None if mlp is None else weakref.ref(mlp)
-            norms = self._norms if chosen.norms_again and option in NORMS_AGAIN else None
+            norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
             function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains, norms)
             on = option != "keep" or drains or (tile is not None and mlp is not None) or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
@@ -322,6 +322,8 @@ class _Norms:
 
     def __init__(self) -> None:
         self._proven: dict[tuple[Any, ...], bool] = {}
+        self.kept = False
+        """Whether some norm's output had to be kept after all: its second run gave other bits."""
 
     def recipe_of(self, tensor: torch.Tensor) -> Recipe | None:
         """How to make `tensor`, which is about to be saved, if it is what the last norm gave."""
@@ -331,6 +333,7 @@ class _Norms:
         key = id(recipe.module), tensor.dtype, tensor.shape[-1]
         if key not in self._proven:
             self._proven[key] = self._prove(recipe, tensor)
+            self.kept = self.kept or not self._proven[key]
         return recipe if self._proven[key] else None
 
     @staticmethod
@@ -589,7 +592,8 @@ class Automatic:
         self.facts = self.facts.replace(ends_with_mlp=ends_with_mlp)
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
-        self.norms = (False, True) if {"rms_norm", "add_rms_norm"} <= self.ops else (False,)
+        both = {"rms_norm", "add_rms_norm"} <= self.ops
+        self.norms: tuple[bool, ...] = (False, True) if both else (False,)
         if len(self.running.layers) != self.facts.layers:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
@@ -699,6 +703,10 @@ class Automatic:
         if not self.facts.accumulates and trained is not None and trained.grad is not None:
             # Micro-batches, or gradients that are zeroed in place: they are there beside all activations.
             self.facts, self.plan = self.facts.replace(accumulates=True), None
+        if self.running.norms.kept and True in self.norms:
+            said = "a norm gave other bits when it was run again: its output is kept"
+            warnings.warn(f"sloth: {said}, and the step is planned anew", stacklevel=2)
+            self.norms, self.plan, self.record["note"] = (False,), None, said
         if self.plan is None or not self.plan.covers(shape):
             self._plan(shape)
         elif self.running.begin():

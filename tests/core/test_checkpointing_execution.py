@@ -16,7 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sloth_plugins as sloth
 from sloth_plugins.checkpointing import execute, repeat
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
-from sloth_plugins.checkpointing.plan import OPTIONS, CheckpointPlan, plan, smallest_budget_bytes
+from sloth_plugins.checkpointing.plan import (
+    OPTIONS,
+    CheckpointPlan,
+    fixed_bytes,
+    plan,
+    smallest_budget_bytes,
+)
 from sloth_plugins.checkpointing.rates import KNOWN
 
 LAYERS = 4
@@ -243,6 +249,40 @@ def test_norms_again_give_the_same_bits_and_are_not_kept(
     whole = sum(option in ("recompute", "recompute_offload") for option in layers)
     assert len(outputs) == 2 * (LAYERS - whole)
     assert repeat.NOW.output is None and repeat.NOW.recipe is None and not repeat.NOW.norms
+
+
+def test_a_budget_is_planned_anew_where_norms_have_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = llama(4), ids()
+    note = repeat.note
+    other = lambda module, output, source, make: note(module, output, source, lambda x: make(x) + 1e-6)  # noqa: E731
+    tight = budget_of_norms(model)
+    for wrong in (False, True):
+        with monkeypatch.context() as patch:
+            if wrong:
+                patch.setattr("sloth_plugins.patches.note", other)
+            with sloth.accelerate(model, memory_budget_bytes=tight) as acceleration:
+                step(model, given)
+                record = acceleration.report.checkpointing
+                assert record["plan"]["norms_again"] and record["plans"] == 1
+                if not wrong:
+                    step(model, given)
+                    assert record["plans"] == 1 and "note" not in record
+                    continue
+                with pytest.warns(UserWarning, match="a norm gave other bits .* planned anew"):
+                    step(model, given)
+                assert not record["plan"]["norms_again"] and record["plans"] == 2
+
+
+def budget_of_norms(model: Any) -> int:
+    """A budget for which the fastest plan makes norms again."""
+    with sloth.accelerate(model, memory_budget_bytes=2**40) as acceleration:
+        step(model, ids())
+        roomy = CheckpointPlan.from_dict(acceleration.report.checkpointing["plan"])
+    facts, shape, rates = roomy.facts, roomy.shape, roomy.rates
+    for size in range(roomy.peak_bytes + roomy.margin_bytes, fixed_bytes(facts), -1024):
+        if plan(facts, shape, size, rates).norms_again:
+            return size
+    raise AssertionError("no such budget")
 
 
 @pytest.mark.gpu
