@@ -9,6 +9,7 @@ import pytest
 import torch
 from norm_cases import COMPILE_BACKEND, DTYPES, EPS, SHAPES, poison, views
 from sloth_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from sloth_kernels.rms_norm import rms_norm
 from three_way import check
 
 __all__ = ["poison"]
@@ -46,6 +47,21 @@ def test_shapes(
     weight = torch.randn(shape[-1], dtype=dtype, device=device)
     compare({"x": x, "residual": residual, "weight": weight}, **order)
     compare({"x": x, "residual": residual, "weight": weight}, frozen=["weight"], **order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_norm_alone_gives_the_same_bits_of_the_sum(
+    shape: tuple[int, ...], dtype: torch.dtype, order: dict[str, Any], device: torch.device, poison: None
+) -> None:
+    """As checkpointing needs it to make the norm's output again."""
+    x, residual = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    weight = torch.randn(shape[-1], dtype=dtype, device=device)
+    y, summed = add_rms_norm(x, residual, weight, eps=EPS, **order)
+    alone = rms_norm(summed, weight, eps=EPS, **order)
+    assert alone.dtype == y.dtype and alone.stride() == y.stride()
+    assert torch.equal(alone.view(torch.uint8), y.view(torch.uint8))
 
 
 @pytest.mark.parametrize("unused", [0, 1])
