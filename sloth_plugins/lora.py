@@ -726,7 +726,7 @@ def _linear_forwards(
                     continue
                 if proven is None or proven(other, item[0].adapter, members, sibling):
                     items.append((other, item))
-        given = x if x.dtype == dtype else x.to(dtype)
+        given = repeat.narrowed(x, dtype)
         results = function(given, [item[0] for _, item in items])
         if x.dtype != dtype:
             results = [
@@ -802,7 +802,7 @@ def _mlp_forward(
                 if not proven(i, item[0].adapter, lambda: [mlp.get_submodule(n) for n in names], mlp):
                     return None
         gate, up, down = (item[0] for item in items)
-        given = x if x.dtype == dtype else x.to(dtype)
+        given = repeat.narrowed(x, dtype)
         y = function(given, gate, up, down, activation=activation, **options)
         # A Linear4bit gives its input's dtype back.
         kept = x.dtype != dtype and items[2][1] is not None and (items[0][1] or items[1][1]) is not None

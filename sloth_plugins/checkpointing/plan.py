@@ -385,9 +385,8 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
 def _norms(facts: ModelFacts, norms: Sequence[bool]) -> list[bool]:
     if False not in norms:
         raise BadInputError(f"norms={tuple(norms)!r}: allowed are False, and True beside it")
-    # Elsewhere torch's checkpointing of an MLP holds its input, or it is a narrower copy that is saved.
-    saved = facts.fused_mlp and facts.stream_bytes == facts.activation_bytes
-    return sorted(set(norms)) if saved else [False]
+    # Elsewhere torch's checkpointing of an MLP holds its input.
+    return sorted(set(norms)) if facts.fused_mlp else [False]
 
 
 def _smallest(

@@ -79,6 +79,19 @@ def note(module: Any, output: Any, source: Any, make: Callable[[Any], Any]) -> N
     NOW.output, NOW.recipe = output.detach(), Recipe(module=module, source=source.detach(), make=make)
 
 
+def narrowed(x: Any, dtype: Any) -> Any:
+    """`x` in `dtype`, which is what is saved then; made again like `x` where that is a norm's output."""
+    if x.dtype == dtype:
+        return x
+    result = x.to(dtype)
+    recipe = NOW.recipe
+    if NOW.norms and recipe is not None and place(x) == place(NOW.output):
+        make = recipe.make
+        NOW.output = result.detach()
+        NOW.recipe = Recipe(module=recipe.module, source=recipe.source, make=lambda x: make(x).to(dtype))
+    return result
+
+
 def options(module: Any) -> dict[str, bool]:
     """For `sloth_kernels.lora.lora_mlp`: what it may leave out in this call of `module`."""
     if NOW.layer is None or NOW.unread is not module:

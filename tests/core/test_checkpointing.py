@@ -252,7 +252,7 @@ def test_norms_are_made_again_where_their_outputs_are_what_is_saved() -> None:
     without = plan(llama_8b(**QLORA), shape, budget, H200, norms=(False,))
     assert not without.norms_again and made.step_s < without.step_s
     mlps_alone = {"targets": PROJECTIONS[:4]}  # whose MLPs are plain
-    for changes in ({"stream_bytes": 4}, {"fused": False}, mlps_alone):
+    for changes in ({"fused": False}, mlps_alone):
         assert not plan(llama_8b(**{**QLORA, **changes}), shape, 40 * 2**30, H200).norms_again
         tight = plan(llama_8b(**{**QLORA, **changes}), shape, 20 * 2**30, H200)
         assert not tight.norms_again, changes

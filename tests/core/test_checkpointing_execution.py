@@ -356,6 +356,27 @@ def test_memory_that_is_offloaded_is_free_on_a_gpu(norms: bool) -> None:
     assert held["offload"] < held["keep"] / 2 and held["recompute_offload"] < held["keep"] / 2
 
 
+def test_a_narrower_copy_of_a_norms_output_is_made_again() -> None:
+    """Under autocast norms give float32, and what the LoRA layers save is their bfloat16 copy of it."""
+    model, given, got = llama(4, 0.3), ids(3, 13), {}
+    for again in (False, True):
+        chosen = planned(model, ("keep",) * 3 + ("offload",), norms_again=again)
+        with sloth.accelerate(model, checkpointing=chosen):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                got[again] = step(model, given)
+                torch.manual_seed(3)
+                model.zero_grad(set_to_none=True)
+                loss = model(input_ids=given, labels=given).loss
+                made = [thing for thing in gc.get_objects() if isinstance(thing, execute._Made)]
+                assert len(made) == (2 * LAYERS if again else 0)
+                del made
+                loss.backward()
+            for name, gradient in got[again][1].items():
+                assert torch.equal(model.get_parameter(name).grad, gradient), name
+            del loss
+    same(got[True], got[False])
+
+
 def test_an_output_that_is_not_the_norms_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a norm's second run gives other bits, and where its input is changed meanwhile."""
     model, given = llama(4), ids()
