@@ -375,10 +375,11 @@ class _Run:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             from sloth_plugins.checkpointing.execute import recompute_all
 
-            recompute_all(self.model)
+            give_back = recompute_all(self.model)
             model = weakref.ref(self.model)  # the undo list must not keep the model alive
 
             def disable() -> None:
+                give_back()
                 if (alive := model()) is not None:
                     alive.gradient_checkpointing_disable()  # type: ignore[operator]
 

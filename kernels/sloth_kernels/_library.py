@@ -99,8 +99,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
     kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
     otherwise, and where Triton's interface has changed, the ordinary way stays. For kernels that read nothing
-    they write, since that one launch is repeated. Tensors (or None) come first among the arguments, then
-    scalars; the first is a tensor and says on which device.
+    they write, since that one launch is repeated. The short way does not call Triton's launch hooks, which
+    its own profiler uses.
+
+    Tensors (or None) come first among the arguments, then scalars; the first says on which device.
     """
     identity = id(kernel)
     count = _TENSORS.get(identity)

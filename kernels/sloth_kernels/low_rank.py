@@ -465,6 +465,7 @@ class _Tiling(NamedTuple):
 
     @property
     def tiles(self) -> int:
+        """Tiles of the result."""
         return self.grid[0] * self.grid[1]
 
 

@@ -42,6 +42,9 @@ FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 LEAST_BYTES = 2**20
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
 NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
+OTHER_BITS = (
+    "a norm gave other bits when it was run again, so its output is kept, for more memory than planned"
+)
 _ABSENT = object()
 
 
@@ -71,18 +74,27 @@ def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
     return before_training_forwards(model, running, lambda args, kwargs: running.begin())
 
 
-def recompute_all(model: nn.Module) -> None:
-    """Of decoder layers that transformers has set to be recomputed: by a function that leaves out what is not
-    needed of the MLP then. Where a model has no such list of layers, transformers' function stays."""
+def recompute_all(model: nn.Module) -> Callable[[], None]:
+    """Give decoder layers that transformers has set to be recomputed a function that leaves out what is not
+    needed of the MLP then; returns the function that gives them transformers' back. Where a model has no such
+    list of layers, transformers' function stays."""
     try:
-        layers = decoder_layers(model)
+        layers = [layer for layer in decoder_layers(model) if layer.gradient_checkpointing]
     except BadInputError:
-        return
+        layers = []
+    offload, given = _Offload(_Norms()), []
     for layer in layers:
-        if layer.gradient_checkpointing:
-            layer._gradient_checkpointing_func = _Ours(
-                "recompute", _Offload(_Norms()), weakref.ref(layer), None
-            )
+        ours = _Ours("recompute", offload, weakref.ref(layer), None)
+        given.append((weakref.ref(layer), layer._gradient_checkpointing_func, ours))
+        layer._gradient_checkpointing_func = ours
+
+    def undo() -> None:
+        for ref, theirs, ours in given:
+            layer = ref()
+            if layer is not None and layer._gradient_checkpointing_func is ours:
+                layer._gradient_checkpointing_func = theirs
+
+    return undo
 
 
 def before_training_forwards(
@@ -333,7 +345,9 @@ class _Norms:
         key = id(recipe.module), tensor.dtype, tensor.shape[-1]
         if key not in self._proven:
             self._proven[key] = self._prove(recipe, tensor)
-            self.kept = self.kept or not self._proven[key]
+            if not self._proven[key] and not self.kept:
+                self.kept = True
+                warnings.warn(f"sloth: {OTHER_BITS}", stacklevel=2)
         return recipe if self._proven[key] else None
 
     @staticmethod
@@ -704,9 +718,7 @@ class Automatic:
             # Micro-batches, or gradients that are zeroed in place: they are there beside all activations.
             self.facts, self.plan = self.facts.replace(accumulates=True), None
         if self.running.norms.kept and True in self.norms:
-            said = "a norm gave other bits when it was run again: its output is kept"
-            warnings.warn(f"sloth: {said}, and the step is planned anew", stacklevel=2)
-            self.norms, self.plan, self.record["note"] = (False,), None, said
+            self.norms, self.plan, self.record["note"] = (False,), None, OTHER_BITS
         if self.plan is None or not self.plan.covers(shape):
             self._plan(shape)
         elif self.running.begin():

@@ -42,7 +42,8 @@ Weights = Literal["16bit", "32bit", "nf4", "nf4_double"]
 WEIGHT_BYTES = {"16bit": 2.0, "32bit": 4.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 # cuBLAS keeps 32 MiB a stream on Hopper, and expansion has a stream of its own.
 LIBRARY_BYTES = 64 * 2**20
-# Of sloth_kernels.linear_cross_entropy: the logits of a chunk, and a slab of a product.
+# Of sloth_kernels.linear_cross_entropy: the most that the logits of a chunk take (often half of it, which
+# depends on the GPU), and a slab of a product.
 HEAD_CHUNK_BYTES, HEAD_SLAB_BYTES = 600 * 2**20, 64 * 2**20
 # Logits in 16 bits, in float32, and their gradients: measured 12.3 with transformers' own loss.
 BYTES_PER_LOGIT = 12

@@ -52,7 +52,8 @@ ATTENTION_BACKWARD = 3.4
 # Of what comes on top of weights and optimizer, for what the allocator can't use: 2 to 5 % were measured.
 MARGIN = 0.03
 # What the host takes for a layer's forward and backward, in launches of a matmul: 63 and 70 ms of 32 layers
-# where such a launch takes 22.5 us (an H200's host). For those of a tile of its MLP: by the number of calls.
+# where such a launch takes 22.5 us (an H200's host). Those of plain PEFT and of a tile of the MLP are
+# estimated by the number of calls, not measured.
 FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (20, 40)
 IN_FLIGHT = 2
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.

@@ -376,6 +376,19 @@ def checkpointed(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def test_recomputation_leaves_no_function_of_ours_behind() -> None:
+    from sloth_plugins.checkpointing.execute import _Ours
+
+    model = tiny_model("llama")
+    acceleration = sloth.accelerate(model, checkpointing="recompute")
+    layers = [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and "mlp" in m._modules
+    ]
+    assert layers and all(isinstance(m._gradient_checkpointing_func, _Ours) for m in layers)
+    acceleration.undo()
+    assert not any(isinstance(m._gradient_checkpointing_func, _Ours) for m in layers)
+
+
 def test_recomputation_that_was_there_before_stays() -> None:
     model = tiny_model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

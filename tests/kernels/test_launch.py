@@ -7,8 +7,6 @@ import torch
 from sloth_kernels import _library
 from sloth_kernels._library import launch, tl, triton
 
-on_a_gpu = pytest.mark.gpu
-
 
 @triton.jit
 def _scale_kernel(x_ptr, y_ptr, missing_ptr, n, by, NEGATE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -34,7 +32,7 @@ def expected(x: torch.Tensor, by: float, negate: bool) -> torch.Tensor:
     return (x.float() * by * (-1 if negate else 1)).to(x.dtype)
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_specialization_is_right(dtype: torch.dtype) -> None:
     for _ in range(2):  # the first round compiles, the second takes the short way
@@ -51,7 +49,7 @@ def test_every_specialization_is_right(dtype: torch.dtype) -> None:
     assert len(_library._COMPILED) == 6 and len(_library._SHORT_WAY) == 1 and not _library._NO_SHORT_WAY
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     scaled(x, 2.0, False)
@@ -63,7 +61,7 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(scaled(x, 2.0, False), expected(x, 2.0, False))
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_another_interface_of_triton_keeps_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     monkeypatch.setattr(_library, "_prove_short_way", lambda *_: 1 / 0)
@@ -72,7 +70,7 @@ def test_another_interface_of_triton_keeps_the_ordinary_way(monkeypatch: pytest.
     assert not _library._COMPILED and len(_library._NO_SHORT_WAY) == 1
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_a_short_way_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(100, device="cuda")
     monkeypatch.setattr(_library.torch, "equal", lambda *_: False)
@@ -81,7 +79,7 @@ def test_a_short_way_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(y, expected(x, 2.0, True))
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_under_cuda_graph_capture() -> None:
     x = torch.randn(100, device="cuda")
     scaled(x, 2.0, False)
