@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -370,12 +371,16 @@ class _Run:
                 f"checkpointing='recompute': {type(self.model).__name__} has no "
                 "gradient_checkpointing_enable(); allowed for it are 'auto' and 'off'"
             )
-        before = bool(getattr(self.model, "is_gradient_checkpointing", False))
+        before, offload = bool(getattr(self.model, "is_gradient_checkpointing", False)), False
         if not before:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            from sloth_plugins.checkpointing.execute import recompute_all
+            from sloth_plugins.checkpointing.execute import facts_of, inputs_leave_in_time, recompute_all
 
-            give_back = recompute_all(self.model)
+            facts = None
+            with suppress(BadInputError):  # no facts of this model: its layers are recomputed all the same
+                facts = facts_of(self.model, {row.op for row in self.report.patched})
+                offload = inputs_leave_in_time(facts, next(self.model.parameters()).device)
+            give_back = recompute_all(self.model, offload=offload, facts=facts)
             model = weakref.ref(self.model)  # the undo list must not keep the model alive
 
             def disable() -> None:
@@ -384,7 +389,8 @@ class _Run:
                     alive.gradient_checkpointing_disable()  # type: ignore[operator]
 
             self.acceleration._undo.append(disable)
-        self.report.checkpointing = {"chosen": "recompute", "reason": "checkpointing='recompute'"}
+        chosen = "recompute, the layers' inputs in host memory" if offload else "recompute"
+        self.report.checkpointing = {"chosen": chosen, "reason": "checkpointing='recompute'"}
 
     def budgeted(self) -> bool:
         """Have the first batch planned within the budget; False, with a note, for a model that can't be."""

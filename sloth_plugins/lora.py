@@ -354,7 +354,7 @@ class _Maker:
         )
         activation = site.facts["activation"]
         settings = self.context.settings
-        planned = settings.memory_budget_bytes is not None or not isinstance(settings.checkpointing, str)
+        planned = settings.memory_budget_bytes is not None or settings.checkpointing not in ("auto", "off")
         tiled = planned and "tile" in inspect.signature(kernel.function).parameters
         prove = partial(_prove_mlp, names=names, kernel=kernel, activation=activation, tiled=tiled)
         proven = self.proven(site.module, "lora_mlp", children, prove)

@@ -483,7 +483,7 @@ class _Pass(NamedTuple):
     grads: list[torch.Tensor]
     q: torch.Tensor | None
     dx: torch.Tensor | None
-    rows: torch.Tensor
+    rows: torch.Tensor | None
 
 
 def _input_gradient(
@@ -738,20 +738,22 @@ def _mlp_gradients(
     first: _Group,
     last: _Group,
     activation: str,
-    saved: _Saved,
+    saved: list[_Saved],
     tensors: Sequence[torch.Tensor | None],
     grad: torch.Tensor,
     needs_x: bool,
     needs: Sequence[bool],
     buffers: tuple[_Buffers, _Buffers] | None = None,
     dtype: torch.dtype | None = None,
+    lean: bool = False,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """(dx, the gradients of `tensors`); buffers: of both groups, else they are expanded here; dtype: of the
-    gradients of `tensors`, where it is not their own."""
-    x, p, gate, up, p_last, seeds, last_seeds = saved
+    """(dx, the gradients of `tensors`); saved: one, which is taken out, so that gate and up go when they are
+    done with; buffers: of both groups, else they are expanded here; dtype: of the gradients of `tensors`,
+    where it is not their own; lean: expand each group when it is wanted, not ahead."""
+    x, p, gate, up, p_last, seeds, last_seeds = saved.pop()
     step = TENSORS_A_PROJECTION
     ours, theirs = tensors[:-step], tensors[-step:]
-    ahead = _Ahead(first, x, ours) if buffers is None else None
+    ahead = _Ahead(first, x, ours) if buffers is None and not lean else None
     tail = _input_gradient(
         *(last, last_seeds, x.shape[0], x, theirs, [grad]),
         needs_x=True,
@@ -759,6 +761,9 @@ def _mlp_gradients(
         ahead=ahead,
         buffers=None if buffers is None else buffers[1],
     )
+    masks = last.runs[0].masks(last_seeds) if last.runs else None
+    if masks is None:
+        tail = tail._replace(rows=None)  # a part of down's expanded weight, which goes with it
     assert tail.dx is not None
     joint = _gradient_buffer(first, x.shape[0], x) if first.extended else None
     width = gate.shape[1]
@@ -766,7 +771,6 @@ def _mlp_gradients(
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     else:
         dgate, dup = joint[:, :width], joint[:, width : 2 * width]
-    masks = last.runs[0].masks(last_seeds) if last.runs else None
     of_rank = [tensors[i] for i in (2 * step, 1, step + 1)]  # A of down, B of gate, B of up
     dtypes = {dtype or t.dtype for t in of_rank if t is not None}
     low = [
@@ -777,7 +781,7 @@ def _mlp_gradients(
     da, *dbs = activated_tall(
         *(dgate, dup, tail.dx, gate, up),
         tail.q if q_wanted else None,
-        tail.rows if masks is not None else None,
+        tail.rows,
         low,
         activation=activation,
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
@@ -791,6 +795,7 @@ def _mlp_gradients(
         for t, own in zip((da, *dbs), of_rank, strict=True)
     )
     tail = tail._replace(dx=None)
+    del gate, up
     found_last = _adapter_gradients(
         *(last, last_seeds, x, theirs, p_last, tail, needs[2 * step :]),
         known=[da if needs[2 * step] else None, None, None, None],
@@ -820,6 +825,7 @@ class _LoraMLP(torch.autograd.Function):
         last: _Group,
         activation: str,
         output: bool,
+        lean: bool,
         *tensors: torch.Tensor | None,
     ) -> Any:
         rows = as_matrix(x)
@@ -832,7 +838,7 @@ class _LoraMLP(torch.autograd.Function):
         else:
             y = x.new_zeros(rows.shape[0], last.n)
             p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, None, first.fused)
-        ctx.first, ctx.last, ctx.activation = first, last, activation
+        ctx.first, ctx.last, ctx.activation, ctx.lean = first, last, activation, lean
         ctx.save_for_backward(x, p, gate, up, p_last, seeds, last_seeds, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -843,21 +849,23 @@ class _LoraMLP(torch.autograd.Function):
         if wants_graph():
             reference = functools.partial(_flat_mlp_reference, first, last, seeds, last_seeds, ctx.activation)
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
-            return dx, None, None, None, None, *rest
-        saved = _Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)
+            return dx, *[None] * 5, *rest
+        saved = [_Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)]
         needs = ctx.needs_input_grad
         dx, found = _mlp_gradients(
-            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[5:]
+            *(first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[6:]),
+            lean=ctx.lean,
         )
-        return None if dx is None else dx.view(x.shape), None, None, None, None, *found
+        return None if dx is None else dx.view(x.shape), *[None] * 5, *found
 
 
 class _LoraMLPAgain(torch.autograd.Function):
     """_LoraMLP in tiles of rows that keeps x and P of down: gate and up of a tile are made again when its
     gradients are.
 
-    Both groups are expanded once a pass. Sums over tiles are in float32. Where it is `repeated`, P of down is
-    made again too, and without `output` nothing is left to do in the forward.
+    Both groups are expanded once a pass; where it is `repeated` in one tile, when they are wanted. Sums over
+    tiles are in float32. Where it is `repeated`, P of down is made again too, and without `output` nothing is
+    left to do in the forward.
     """
 
     @staticmethod
@@ -876,6 +884,7 @@ class _LoraMLPAgain(torch.autograd.Function):
         parts = rows.split(tile)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
+        ctx.lean = repeated and len(parts) == 1
         if not output:
             seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
@@ -920,21 +929,24 @@ class _LoraMLPAgain(torch.autograd.Function):
             return dx, *[None] * 6, *rest
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         several = len(parts) > 1
-        buffers = _buffers(first, rows, ours), _buffers(last, rows, theirs)
+        buffers = None if ctx.lean else (_buffers(first, rows, ours), _buffers(last, rows, theirs))
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
-            (gate, up), p = _group_forward(first, pair[0], part, ours, together=True, buffers=buffers[0])
+            of_first, of_last = buffers or (None, None)
+            (gate, up), p = _group_forward(first, pair[0], part, ours, together=True, buffers=of_first)
             if p_last is None:
-                p_last = _down_low_rank(
-                    last, pair[1], gate, up, activation, theirs, buffers[1].rows, first.fused
-                )
+                rows_last = None if of_last is None else of_last.rows
+                p_last = _down_low_rank(last, pair[1], gate, up, activation, theirs, rows_last, first.fused)
+            made = [_Saved(part, p, gate, up, p_last, *pair)]
+            del gate, up
             dx, found = _mlp_gradients(
-                *(first, last, activation, _Saved(part, p, gate, up, p_last, *pair), tensors, own),
+                *(first, last, activation, made, tensors, own),
                 needs[0],
                 needs[7:],
                 buffers,
                 torch.float32 if several else None,
+                ctx.lean,
             )
             if dx is not None:
                 dxs.append(dx)
@@ -1104,7 +1116,7 @@ def lora_mlp(
             and a residual addition is run again: what only the output needs is left out, and it is zeros.
             Gradients are the same bits.
         repeated: True where this call, or the one that it repeats, is made again before the backward: with
-            a tile even less is kept.
+            a tile even less is kept, and without one the backward holds less at a time.
 
     Returns:
         (..., N) in x.dtype.
@@ -1129,7 +1141,7 @@ def lora_mlp(
     first, last, tensors, _ = _known(x, (gate, up, down), fused, make)
     result: torch.Tensor
     if tile is None:
-        result = _LoraMLP.apply(x, first, last, activation, output, *tensors)
+        result = _LoraMLP.apply(x, first, last, activation, output, repeated or not output, *tensors)
     else:
         result = _LoraMLPAgain.apply(
             x, first, last, activation, tile, output, repeated or not output, *tensors

@@ -13,7 +13,7 @@ import functools
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
     TILES,
     CheckpointPlan,
+    costs,
     fixed_bytes,
     gib,
     plan,
@@ -74,17 +75,27 @@ def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
     return before_training_forwards(model, running, lambda args, kwargs: running.begin())
 
 
-def recompute_all(model: nn.Module) -> Callable[[], None]:
+def recompute_all(
+    model: nn.Module, *, offload: bool = False, facts: ModelFacts | None = None
+) -> Callable[[], None]:
     """Give decoder layers that transformers has set to be recomputed a function that leaves out what is not
     needed of the MLP then; returns the function that gives them transformers' back. Where a model has no such
-    list of layers, transformers' function stays."""
+    list of layers, transformers' function stays.
+
+    offload: the layers' inputs, but for the last one's, wait in host memory. facts: if they are known, MLPs
+    keep less meanwhile.
+    """
     try:
         layers = [layer for layer in decoder_layers(model) if layer.gradient_checkpointing]
     except BadInputError:
         layers = []
-    offload, given = _Offload(_Norms()), []
-    for layer in layers:
-        ours = _Ours("recompute", offload, weakref.ref(layer), None)
+    mover, given = _Offload(_Norms()), []
+    for index, layer in enumerate(layers):
+        last = index == len(layers) - 1
+        option = "recompute_offload" if offload and not last else "recompute"
+        mlp = mlp_of(layer, facts) if facts is not None else None
+        inner = None if mlp is None else weakref.ref(mlp)
+        ours = _Ours(option, mover, weakref.ref(layer), inner, drains=offload and last)
         given.append((weakref.ref(layer), layer._gradient_checkpointing_func, ours))
         layer._gradient_checkpointing_func = ours
 
@@ -95,6 +106,26 @@ def recompute_all(model: nn.Module) -> Callable[[], None]:
                 layer._gradient_checkpointing_func = theirs
 
     return undo
+
+
+def inputs_leave_in_time(facts: ModelFacts, device: torch.device) -> bool:
+    """Whether a layer's input gets to the host in less time than the layer's forward takes, so that waiting
+    there costs none: by the device's rates, on a GPU."""
+    if device.type != "cuda":
+        return False
+    rates = measure_rates(device)
+    cost = costs(facts, Shape(batch=1, seq=4096), rates)
+    link = min(rates.to_host_gb_s, rates.from_host_gb_s) * 1e9
+    return cost.options["recompute_offload"].host_bytes / link < cost.forward_s
+
+
+def facts_of(model: nn.Module, ops: Collection[str]) -> ModelFacts:
+    """The facts of a model that is patched with `ops`; BadInputError where they can't be known."""
+    adapted = any(".lora_A." in name for name, _ in model.named_parameters())
+    fused = bool(set(ops) & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
+    facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in ops)
+    ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in decoder_layers(model)]
+    return facts.replace(ends_with_mlp=all(getattr(end, "ends_with_mlp", False) for end in ends))
 
 
 def before_training_forwards(
@@ -148,14 +179,14 @@ class Running:
         self._wanted = []
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
-            mlp = mlp_of(layer, chosen.facts) if tile or option == "recompute_mlp" else None
+            mlp = mlp_of(layer, chosen.facts) if tile or option.startswith("recompute") else None
             if option == "recompute_mlp" and mlp is None:
                 option = "recompute"
             drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
             function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains, norms)
-            on = option != "keep" or drains or (tile is not None and mlp is not None) or norms is not None
+            on = option != "keep" or drains or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
 
@@ -267,10 +298,13 @@ def _again(
     """The MLP's forward of x (..., H), recomputed: by its own patch if it can do that, which then neither
     expands weights for each tile nor computes the output again; else by torch's checkpointing.
 
-    In one piece where it has other arguments.
+    In one piece where it has other arguments. In a layer that is run again as a whole, in one piece only
+    where the layer's second run needs nothing of it.
     """
     tokens = x.numel() // x.shape[-1]
     several = tile is not None and tokens > tile and not others and not named
+    if not several and NOW.layer is not None and NOW.unread is not mlp:
+        return inner(x, *others, **named)
     size = -(-tokens // -(-tokens // tile)) if tile is not None and several else tokens
     own = getattr(getattr(inner, "__func__", None), "again", None)
     if own is not None and tokens and not others and not named and (y := own(mlp, x, size)) is not None:
@@ -479,10 +513,8 @@ class _Offload:
         block = _Block(self._last() if self._last is not None else None)
         device: list[torch.device] = []
 
-        def pack(tensor: torch.Tensor) -> Any:
-            recipe = self._norms.recipe_of(tensor) if NOW.norms else None
-            if recipe is not None:
-                return _Made(recipe.make, pack(recipe.source))  # the source itself leaves
+        # None of these calls itself: in such a cycle host memory would wait for Python's collector.
+        def leave(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()
             if (
                 type(tensor) is not torch.Tensor
@@ -504,9 +536,13 @@ class _Offload:
                 block, entry, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
             )
 
-        def unpack(saved: Any) -> torch.Tensor:
-            if isinstance(saved, _Made):
-                return saved(unpack(saved.source))
+        def pack(tensor: torch.Tensor) -> Any:
+            recipe = self._norms.recipe_of(tensor) if NOW.norms else None
+            if recipe is not None:
+                return _Made(recipe.make, leave(recipe.source))  # the source itself leaves
+            return leave(tensor)
+
+        def come(saved: Any) -> torch.Tensor:
             if not isinstance(saved, _View):
                 return saved  # type: ignore[no-any-return]
             entry, block = saved.entry, saved.block
@@ -521,6 +557,9 @@ class _Offload:
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()
             return out.set_(storage, saved.offset, saved.size, saved.stride)
+
+        def unpack(saved: Any) -> torch.Tensor:
+            return saved(come(saved.source)) if isinstance(saved, _Made) else come(saved)
 
         self._last = weakref.ref(block)
         try:
@@ -588,7 +627,7 @@ class Automatic:
     """
 
     def __init__(
-        self, settings: Settings, record: dict[str, Any], ops: Sequence[str], rates: Rates | None = None
+        self, settings: Settings, record: dict[str, Any], ops: Iterable[str], rates: Rates | None = None
     ) -> None:
         assert settings.memory_budget_bytes is not None
         self.budget, self.strict = settings.memory_budget_bytes, settings.strict
@@ -597,13 +636,8 @@ class Automatic:
     def apply(self, model: nn.Module) -> Callable[[], None]:
         """Wait for the first batch; gives the function that undoes all. Raises BadInputError where the model
         can't be planned, BudgetError where the budget does not hold its weights and the optimizer's state."""
-        adapted = any(".lora_A." in name for name, _ in model.named_parameters())
-        fused = bool(self.ops & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
-        self.facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in self.ops)
+        self.facts = facts_of(model, self.ops)
         self.running = Running(model)
-        ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in self.running.layers]
-        ends_with_mlp = all(getattr(forward, "ends_with_mlp", False) for forward in ends)
-        self.facts = self.facts.replace(ends_with_mlp=ends_with_mlp)
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
         both = {"rms_norm", "add_rms_norm"} <= self.ops

@@ -339,6 +339,21 @@ class ModelFacts:
             expanded = h * i * e
         return expanded + gradients + (t * h * e if norms_again else 0)
 
+    def lean_bytes(self, shape: Shape) -> int:
+        """What a layer that is run again takes less in its backward than its saved tensors and
+        `workspace_bytes`: gate and up are made when their gradients are, and each of the MLP's weights is
+        expanded when it is wanted."""
+        if not (self.fused_mlp and self.ends_with_mlp):
+            return 0
+        t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
+        columns = -(-self.rank // 16) * 16
+        first, last = (2 * i + 2 * columns) * (h + ROW) * e, (h + columns) * (i + ROW) * e
+        if not self.four_bit:
+            first = last = 0
+        hidden, joint, made = t * i * e, t * (2 * i + ROW) * e, self.mlp_bytes(shape)
+        stages = made + first, made + hidden + last, made + hidden + joint, joint + first
+        return made + first + last + hidden + joint - max(stages)
+
     def head_bytes(self, shape: Shape) -> int:
         """What the head and its loss take at most, while all of the layers' saved tensors are there."""
         t, h, e = shape.tokens, self.hidden, self.activation_bytes

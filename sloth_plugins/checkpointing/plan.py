@@ -130,11 +130,12 @@ def costs(
     normed = sum(saved[name] for name in NORM_CLASSES) if norms_again else 0
     norm_s = 2 * normed / memory
     kept = full - normed
+    lean = facts.lean_bytes(shape) if mlp_tiles == 1 else 0
     rows = (
         ("keep", kept, 0, 0, norm_s),
         ("recompute_mlp", kept - mlp, mlp, 0, mlp_again + norm_s),
-        ("recompute", boundary, full - boundary if facts.fused else full, 0, again),
-        ("recompute_offload", 0, full, boundary, again),
+        ("recompute", boundary, max(1, full - lean - (boundary if facts.fused else 0)), 0, again),
+        ("recompute_offload", 0, max(1, full - lean), boundary, again),
         ("offload", 0, 0, kept, norm_s),
     )
     options = {
@@ -262,8 +263,10 @@ class CheckpointPlan:
         for index in range(len(self.layers) - 1, -1, -1):
             begun = begun or leaving[index] > 0
             coming = next((size for size in reversed(leaving[:index]) if size), 0) if begun else 0
-            held -= options[self.layers[index]].kept_bytes
-            rows.append((f"backward {index}", held + full + work + done + coming))
+            option = options[self.layers[index]]
+            held -= option.kept_bytes
+            own = max(option.kept_bytes + option.passing_bytes, option.host_bytes)
+            rows.append((f"backward {index}", held + own + work + done + coming))
             done += 0 if facts.accumulates else grads // len(self.layers)
         rows.append(("optimizer", base + (0 if facts.accumulates else grads)))
         return rows
@@ -481,7 +484,10 @@ def _search(
             (passing > 0) * (passing + under_way - rest * full)
         )
         layer = work + held + extra.clamp(min=0)
-        first = gradients + work + (passing + under_way).clamp(min=full)
+        own = passing + under_way
+        again_first = (of_layer > 0) & (offloaded == 0)  # else the first layer has all of its tensors then
+        own = torch.where(again_first, own + (inputs == 0) * boundary, own.clamp(min=full))
+        first = gradients + work + own
         above = ends + layer.maximum(held + head).maximum(first)
         margin = (above.double() * MARGIN).ceil().long()
         return fixed + above, margin

@@ -55,7 +55,9 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
     )
-    return TrainingArguments(**{**settings, **changes})
+    made = TrainingArguments(**{**settings, **changes})
+    made._n_gpu = min(made.n_gpu, 1)  # on several it would be torch.nn.DataParallel, which is left alone
+    return made
 
 
 def rows(count: int = 16, length: int = LENGTH, seed: int = 0) -> list[Row]:

@@ -140,7 +140,12 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         late = passing + under_way - rest * full if passing else 0
         extra = max(0, under_way - min(rest, gap) * full, late)
         above = max(work + held + extra, held + head)
-        above = max(above, gradients + work + max(full, passing + under_way)) + ends
+        own = passing + under_way
+        if (whole or inputs) and not offloaded:
+            own += 0 if inputs else boundary
+        else:
+            own = max(own, full)
+        above = max(above, gradients + work + own) + ends
         if fixed + above * (1 + planner.MARGIN) > budget:
             continue
         again = mlp * o["recompute_mlp"].recompute_s + (whole + inputs) * o["recompute"].recompute_s
@@ -209,9 +214,9 @@ def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
 
 
 def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
-    """An 8B model: 7 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
+    """An 8B model: 6.9 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
     facts, short, long = llama_8b(**QLORA), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
-    for shape, budget in ((short, 7 * 2**30), (long, 24 * 2**30)):
+    for shape, budget in ((short, int(6.9 * 2**30)), (long, 24 * 2**30)):
         assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
         made = plan(facts, shape, budget, H200)
         assert made.mlp_tiles > 1 and f"MLPs in {made.mlp_tiles} tiles" in str(made)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import pickle
 import warnings
@@ -191,14 +192,28 @@ def test_a_layer_that_runs_again_leaves_its_output_out(
         with monkeypatch.context() as patch:
             patch.setattr(repeat, "options", lambda module: {})  # everything, again
             want = step(model, given)
-        function, at = (lora._LoraMLP, slice(4, 5)) if tiles == 1 else (lora._LoraMLPAgain, slice(5, 7))
         calls: list[tuple[bool, ...]] = []
-        apply = function.apply
-        monkeypatch.setattr(function, "apply", lambda *a: calls.append(a[at]) or apply(*a))
+        apply = lora._LoraMLPAgain.apply
+        monkeypatch.setattr(lora._LoraMLPAgain, "apply", lambda *a: calls.append(a[5:7]) or apply(*a))
         got = step(model, given)
     same(got, want)
-    repeated = () if tiles == 1 else (True,)
-    assert calls == [(True, *repeated)] * LAYERS + [(False, *repeated)] * LAYERS
+    assert calls == [(True, True)] * LAYERS + [(False, True)] * LAYERS
+
+
+@pytest.mark.parametrize("option", ["recompute_offload", "offload"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_host_memory_is_free_after_the_backward(option: str, norms: bool) -> None:
+    """Without Python's collector: pinned memory that waited for it would be allocated anew in each step."""
+    model, given = llama(4), ids()
+    with sloth.accelerate(model, checkpointing=planned(model, (option,) * 3 + ("keep",), norms_again=norms)):
+        step(model, given)
+        gc.collect()
+        gc.disable()
+        try:
+            step(model, given)
+            assert not [thing for thing in gc.get_objects() if isinstance(thing, execute._Block)]
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -312,8 +327,18 @@ def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torc
             model.train()
         return found
 
+    def twice() -> list[dict[str, torch.Tensor]]:
+        """Gradients of two backwards through one graph."""
+        torch.manual_seed(3)
+        loss, found = model(input_ids=shapes[0], labels=shapes[0]).loss, []
+        for last in (False, True):
+            model.zero_grad(set_to_none=True)
+            loss.backward(retain_graph=not last)
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return found
+
     with sloth.accelerate(model):
-        want = steps()
+        want, want_twice = steps(), twice()
         for one, other in zip(steps(), want, strict=True):
             same(one, other)  # else nothing here means anything
     chosen = planned(model, layers, mlp_tiles=tiles, norms_again=norms)
@@ -329,13 +354,10 @@ def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torc
                 for name, gradient in other[1].items():
                     error = (one[1][name] - gradient).norm() / gradient.norm()
                     assert error < 2e-2, name
-        loss = model(input_ids=shapes[0], labels=shapes[0]).loss
-        model.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=True)
-        once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        loss.backward()
-        for name, gradient in once.items():
-            assert torch.equal(model.get_parameter(name).grad, gradient + gradient), name
+        for got_gradients, gradients in zip(twice(), want_twice, strict=True):
+            for name, gradient in gradients.items():
+                error = (got_gradients[name] - gradient).norm() / gradient.norm()
+                assert error == 0 if tiles == 1 else error < 2e-2, name
 
 
 @pytest.mark.gpu
@@ -347,7 +369,8 @@ def test_memory_that_is_offloaded_is_free_on_a_gpu(norms: bool) -> None:
     for option in ("keep", "recompute_offload", "offload"):
         layers = (option,) * 3 + ("keep",)
         with sloth.accelerate(model, checkpointing=planned(model, layers, norms_again=norms)):
-            step(model, given)
+            for _ in range(3):  # what is allocated once and kept, as the counters of kernels
+                step(model, given)
             model.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -421,8 +444,11 @@ def test_an_output_that_somebody_reads_is_computed_again(monkeypatch: pytest.Mon
     from sloth_kernels import lora
 
     zeros: list[bool] = []
-    apply = lora._LoraMLP.apply
-    monkeypatch.setattr(lora._LoraMLP, "apply", lambda *a: zeros.append(not a[4]) or apply(*a))
+    for function, at in ((lora._LoraMLP, 4), (lora._LoraMLPAgain, 5)):
+        apply = functools.partial(
+            lambda apply, at, *a: zeros.append(not a[at]) or apply(*a), function.apply, at
+        )
+        monkeypatch.setattr(function, "apply", apply)
     model, seen = llama(4), []
     with sloth.accelerate(model, checkpointing=planned(model, ("recompute",) * 4)):
         mlp = next(m for n, m in model.named_modules() if n.endswith("layers.1.mlp"))
