@@ -358,7 +358,7 @@ class _Run:
             self.acceleration._undo.append(undo)
             self.report.checkpointing = {"chosen": str(chosen), "reason": f"checkpointing={wanted!r}"}
             return
-        if wanted == "auto" and self.settings.memory_budget_bytes is not None and self.budgeted():
+        if wanted == "auto" and self.budgeted():
             return
         if wanted != "recompute":
             self.report.checkpointing.update(
@@ -393,17 +393,24 @@ class _Run:
         self.report.checkpointing = {"chosen": chosen, "reason": "checkpointing='recompute'"}
 
     def budgeted(self) -> bool:
-        """Have the first batch planned within the budget; False, with a note, for a model that can't be."""
-        from sloth_plugins.checkpointing.execute import Automatic, BudgetError
+        """Have the first batch planned within the budget or, without one, within what the GPU has; False,
+        with a note, for a model that can't be."""
+        from sloth_plugins.checkpointing import execute
 
-        record = self.report.checkpointing
+        record, budget = self.report.checkpointing, self.settings.memory_budget_bytes
+        parameter = next(self.model.parameters(), None)
+        if budget is None and (parameter is None or execute.usable_bytes(parameter.device) is None):
+            return False
         try:
-            undo = Automatic(self.settings, record, [row.op for row in self.report.patched]).apply(self.model)
+            undo = execute.Automatic(self.settings, record, [row.op for row in self.report.patched]).apply(
+                self.model
+            )
         except BadInputError as error:
-            if self.settings.strict or isinstance(error, BudgetError):
+            if budget is not None and (self.settings.strict or isinstance(error, execute.BudgetError)):
                 raise
             record["note"] = str(error)
-            _warn(f"memory_budget_bytes is not used: {error}")
+            if budget is not None:
+                _warn(f"memory_budget_bytes is not used: {error}")
             return False
         self.acceleration._undo.append(undo)
         return True

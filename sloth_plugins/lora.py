@@ -355,6 +355,7 @@ class _Maker:
         activation = site.facts["activation"]
         settings = self.context.settings
         planned = settings.memory_budget_bytes is not None or settings.checkpointing not in ("auto", "off")
+        planned |= settings.checkpointing == "auto" and _weight_device(children[0]).type == "cuda"
         tiled = planned and "tile" in inspect.signature(kernel.function).parameters
         prove = partial(_prove_mlp, names=names, kernel=kernel, activation=activation, tiled=tiled)
         proven = self.proven(site.module, "lora_mlp", children, prove)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from sloth_plugins.checkpointing.plan import (
     plan,
     smallest_budget_bytes,
 )
-from sloth_plugins.checkpointing.rates import Rates, measure_rates
+from sloth_plugins.checkpointing.rates import Rates, measure_rates, rates_for
 from sloth_plugins.checkpointing.repeat import NOW, Recipe, Repeated, place
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
@@ -41,6 +41,8 @@ from sloth_plugins.specs import BadInputError
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # Smaller tensors stay: a copy of its own would cost more than it frees.
 LEAST_BYTES = 2**20
+# Without a budget, how much of the GPU's memory a plan may fill: there are allocations that no plan knows of.
+OF_FREE = 0.85
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
 NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
 OTHER_BITS = (
@@ -619,19 +621,43 @@ class BudgetError(BadInputError):
     """A budget that nothing can meet."""
 
 
+class Sharded(BadInputError):
+    """Parameters of which a process holds a part."""
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Sharded for a model under FSDP or DeepSpeed's ZeRO-3: its processes must recompute alike, and their
+    plans may differ."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise Sharded("checkpointing: its parameters are sharded (FullyShardedDataParallel)")
+    for parameter in model.parameters():
+        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise Sharded(f"checkpointing: its parameters are sharded ({type(parameter).__name__})")
+
+
+def usable_bytes(device: torch.device) -> int | None:
+    """OF_FREE of what a GPU has free and what this process has of it; None for other devices."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(OF_FREE * (free + torch.cuda.memory_reserved(device)))
+
+
 class Automatic:
     """Plans within `settings.memory_budget_bytes` at the first training batch, and anew for a larger one.
 
     `record` is the report's entry, kept up to date. Where nothing fits, the smallest plan is used with a
-    warning, or under strict=True BadInputError is raised.
+    warning, or under strict=True BadInputError is raised. Without a budget, OF_FREE of what the GPU has for
+    this process is one; then nobody is warned, and models with sharded parameters are left alone.
     """
 
     def __init__(
         self, settings: Settings, record: dict[str, Any], ops: Iterable[str], rates: Rates | None = None
     ) -> None:
-        assert settings.memory_budget_bytes is not None
-        self.budget, self.strict = settings.memory_budget_bytes, settings.strict
-        self.record, self.ops, self.rates = record, set(ops), rates
+        self.given, self.strict = settings.memory_budget_bytes, settings.strict
+        self.budget = self.given or 0
+        self.record, self.ops, self._rates = record, set(ops), rates
 
     def apply(self, model: nn.Module) -> Callable[[], None]:
         """Wait for the first batch; gives the function that undoes all. Raises BadInputError where the model
@@ -646,7 +672,11 @@ class Automatic:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
             )
-        if (least := fixed_bytes(self.facts)) >= self.budget:
+        self.device = next(model.parameters()).device
+        if self.given is None:
+            refuse_sharded(model)
+            self.budget = usable_bytes(self.device) or 0
+        elif (least := fixed_bytes(self.facts)) >= self.budget:
             raise BudgetError(
                 f"memory_budget_bytes={gib(self.budget)}: weights and the optimizer's state alone take "
                 f"{gib(least)}"
@@ -654,8 +684,9 @@ class Automatic:
         trained = next((p for p in model.parameters() if p.requires_grad), None)
         self.trained = weakref.ref(trained) if trained is not None else lambda: None
         self.plan: CheckpointPlan | None = None
+        self.left = False
         self.seen: Shape | None = None
-        self.device = next(model.parameters()).device
+        self.model = weakref.ref(model)
         self.record.update({"chosen": "to be planned at the first batch", "plans": 0})
         self._say_why()
         end = before_training_forwards(model, self.running, self._before_forward)
@@ -666,6 +697,13 @@ class Automatic:
             end()
 
         return undo
+
+    @property
+    def rates(self) -> Rates:
+        """The device's, measured when somebody asks for them first."""
+        if self._rates is None:
+            self._rates = measure_rates(self.device)
+        return self._rates
 
     def _repeat_without_memory(self, module: nn.Module) -> Callable[[], None]:
         """A training forward that runs out of memory is planned anew with less and run once more: until its
@@ -708,7 +746,7 @@ class Automatic:
         return undo
 
     def _least(self) -> str:
-        assert self.plan is not None and self.rates is not None
+        assert self.plan is not None
         least = smallest_budget_bytes(
             self.facts, self.plan.shape, self.rates, tiles=self.tiles, norms=self.norms
         )
@@ -718,7 +756,7 @@ class Automatic:
     def _plan_with_less(self, error: torch.OutOfMemoryError) -> None:
         """A plan for nine tenths of what this one was to take; with a note, `error` goes on where none is
         left."""
-        assert self.plan is not None and self.rates is not None
+        assert self.plan is not None
         shape, before = self.plan.shape, self.plan.peak_bytes + self.plan.margin_bytes
         try:
             chosen = plan(
@@ -737,14 +775,15 @@ class Automatic:
         self._use(chosen)
 
     def _say_why(self) -> None:
-        self.record["reason"] = f"memory_budget_bytes={gib(self.budget)}"
+        budget = f"memory_budget_bytes={gib(self.budget)}"
+        self.record["reason"] = budget if self.given else f"{gib(self.budget)} of the GPU may be filled"
         if self.running.theirs:
             self.record["reason"] += "; the trainer's own gradient checkpointing gives way to the plan"
 
     def _before_forward(self, args: Any, kwargs: dict[str, Any]) -> None:
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds", args[0] if args else None) if given is None else given
-        if not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
+        if self.left or not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
             return
         shape = Shape(batch=int(given.shape[0]), seq=int(given.shape[1]))
         trained = self.trained()
@@ -754,7 +793,12 @@ class Automatic:
         if self.running.norms.kept and True in self.norms:
             self.norms, self.plan, self.record["note"] = (False,), None, OTHER_BITS
         if self.plan is None or not self.plan.covers(shape):
-            self._plan(shape)
+            try:
+                self._plan(shape)
+            except Sharded as error:
+                self.left, self.record["note"] = True, str(error)
+                self.record["chosen"] = "left to the trainer"
+                self.running.stop()
         elif self.running.begin():
             self._say_why()
         if self.device.type == "cuda":
@@ -766,20 +810,32 @@ class Automatic:
             tokens = max(shape.tokens, self.seen.tokens)
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
-        facts, rates = self.facts, self.rates
-        if rates is None:
-            rates = self.rates = measure_rates(self.device)
+        facts = self.facts
+        if self.given is None:
+            if (model := self.model()) is not None:
+                refuse_sharded(model)  # trainers shard after they have called accelerate()
+            if not self.record["plans"]:
+                self.budget = usable_bytes(self.device) or 0
         if self.device.type == "cuda" and not self.record["plans"]:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
+        if self.given is None:
+            with suppress(BadInputError):  # no need to measure anything
+                known = rates_for(
+                    torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+                )
+                roomy = plan(facts, shape, self.budget, known, allow=("keep",), tiles=(1,), norms=(False,))
+                return self._use(roomy)
+        rates = self.rates
         try:
             chosen = plan(facts, shape, self.budget, rates, tiles=self.tiles, norms=self.norms)
         except BadInputError as error:
-            if self.strict:
+            if self.strict and self.given is not None:
                 raise
             least = smallest_budget_bytes(facts, shape, rates, tiles=self.tiles, norms=self.norms)
             chosen = plan(facts, shape, least, rates, tiles=self.tiles, norms=self.norms)
-            warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
+            if self.given is not None:
+                warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
             self.record["note"] = str(error)
         self._use(chosen)
 

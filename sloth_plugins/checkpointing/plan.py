@@ -423,7 +423,7 @@ def _search(
     norms_again: bool,
     at_most: CheckpointPlan | None,
 ) -> CheckpointPlan | None:
-    """The fastest plan within the budget, of equal ones that which copies least; None: the smallest.
+    """The fastest plan within the budget, of equal ones that which does least; None: the smallest.
 
     With so many MLP tiles, and faster than `at_most` if that is given; None where there is none.
     """
@@ -442,7 +442,7 @@ def _search(
     to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
     step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
     waits_forward = max(0.0, layers * (cost.host_forward_s - cost.forward_s))
-    slowest = float("inf") if at_most is None else at_most.recompute_s + at_most.stall_s
+    slowest = float("inf") if at_most is None else round(at_most.recompute_s + at_most.stall_s, 12)
     if layers * cost.tiled_s >= slowest:
         return None
 
@@ -532,7 +532,11 @@ def _search(
         fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
         if budget is not None:
             fits = fits & (peak + margin <= budget)
-        wanted = (again + stall, copied) if budget is not None else (peak + margin, again + stall)
+        work_s = (
+            again + copied.double() / to_host
+        )  # what hides behind the host's launches is work all the same
+        time_s = ((again + stall) * 1e12).round() / 1e12  # equal ones are equal in the last bits, too
+        wanted = (time_s, work_s) if budget is not None else (peak + margin, time_s)
         figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
         at = int(_first(*figures))
         key = tuple(float(x[at]) for x in figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from sloth_plugins.quantization.lora_init import adapter_tensors, lora_factors
 from sloth_plugins.quantization.rounding import (
     Codes,
     Rounded,
-    expand_tensors,
+    expand,
     round_calibrated,
     round_plainly,
     tensors_of,
@@ -101,7 +102,8 @@ def calibrate_layer(
     Returns the layer as it was, the layer with rounded weights, and what a checkpoint holds of them, by full
     name. lora_rank: also what an adapter of this rank holds for every linear, by PEFT's names; 0: none.
     """
-    layer, work = stream.load(index), stream.load(index)
+    layer = stream.load(index)
+    work = copy.deepcopy(layer)
     own = linears(layer)
     stored: dict[str, Tensor] = {}
     seen = groups(stream, index, layer, hidden) if blocksizes else []
@@ -111,17 +113,18 @@ def calibrate_layer(
         if not chosen:
             continue
         k = own[chosen[0]].in_features
-        hessian, drift = (torch.zeros(k, k, device=stream.device) for _ in range(2))
+        hessian = torch.zeros(k, k, device=stream.device)
+        drift = torch.zeros_like(hessian) if drift_share else None
         for row, (states, before) in enumerate(zip(hidden, original, strict=True)):
             x = input_of(stream, index, work, chosen[0], states, row) if group[0] in called else None
             if x is None:
                 continue
             hessian += x.T @ x
-            if drift_share:
+            if drift is not None:
                 truth = input_of(stream, index, layer, chosen[0], before, row)
                 if truth is not None and truth.shape == x.shape:
                     drift += (truth - x).T @ x
-        if not (hessian.isfinite().all() and drift.isfinite().all()):
+        if not all(matrix.isfinite().all() for matrix in (hessian, drift) if matrix is not None):
             raise ValueError(
                 f"{stream.name(index, chosen[0])}: its input is not finite on the calibration text: "
                 "allowed is a model that runs in float32"
@@ -135,7 +138,7 @@ def calibrate_layer(
                     rounded = round_calibrated(
                         weights,
                         hessian,
-                        drift if drift_share else None,
+                        drift,
                         blocksize=blocksize,
                         dtype=dtype,
                         codes=codes,
@@ -146,10 +149,9 @@ def calibrate_layer(
                 rounded = round_plainly(weights, blocksize, codes)
             for name, result in zip(names, rounded, strict=True):
                 full = stream.name(index, f"{name}.weight")
-                tensors = tensors_of(result, full, dtype, codes)
-                expanded = expand_tensors(tensors, full).to(stream.device)
+                expanded = expand(result, dtype, codes)
                 put(work, name, expanded, stream.device)
-                stored |= tensors
+                stored |= tensors_of(result, full, dtype, codes)
                 if lora_rank:
                     module, metric = stream.name(index, name), hessian if hessian.any() else None
                     pair = lora_factors(module, own[name].weight.data, expanded, metric, lora_rank)

@@ -41,7 +41,7 @@ def stored_in(stream: Stream, checkpoints: Sequence[Checkpoint]) -> Weights:
             key = stream.name(index, f"{name}.weight")
             if f"{key}.absmax" in files.shapes:
                 own = (k for k in files.shapes if k == key or k.startswith(f"{key}."))
-                found[name] = expand_tensors({k: files.tensor(k) for k in own}, key)
+                found[name] = expand_tensors({k: files.tensor(k) for k in own}, key, stream.device)
         return found
 
     return weights

@@ -21,8 +21,10 @@ up for what the earlier layers lost [2].
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +52,11 @@ class Rounded:
 
 
 class Codes:
-    """The two look-up tables of the format, as bitsandbytes makes them."""
+    """The two look-up tables of the format, as bitsandbytes makes them, and what rounds with them."""
 
     def __init__(self, device: torch.device) -> None:
         import bitsandbytes.functional as bnb
+        from sloth_kernels._library import triton_unavailable
 
         self.nf4 = bnb.get_4bit_type("nf4", device=device).float()
         self.nested = bnb.create_dynamic_map().to(device=device, dtype=torch.float32)
@@ -62,16 +65,45 @@ class Codes:
         # way lies in the middle of two values.
         steps = torch.linspace(-1, 1, _STEPS, device=device)
         self._nibble_of_step = torch.bucketize(steps, (self.nf4[1:] + self.nf4[:-1]) / 2)
+        self._fused = device.type == "cuda" and triton_unavailable() is None
 
     def nibbles(self, values: Tensor, scale: Tensor) -> Tensor:
         """The index of the nearest of 16 values, int64; `scale` broadcasts and may be negative."""
-        half = (_STEPS - 1) / 2
-        steps = (values * (half / _nonzero(scale))).add_(half + 0.5).clamp_(0, _STEPS - 1)
-        return self._nibble_of_step[steps.to(torch.int64)]
+        from sloth_kernels.nf4_rounding import nearest_nibbles
+
+        return nearest_nibbles(values, scale, self._nibble_of_step)
 
     def nearest_nested(self, values: Tensor) -> Tensor:
         """The index of the nearest of the 256 values, int64."""
         return torch.bucketize(values, self._nested_middles)
+
+    def round_block(
+        self,
+        own: Tensor,
+        matrix: Tensor,
+        slope: Tensor | None,
+        scale: Tensor,
+        dtype: torch.dtype,
+        nibbles: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """`sloth_kernels.nf4_rounding.round_block`; in plain PyTorch where its kernel can't be had."""
+        from sloth_kernels.nf4_rounding import round_block
+
+        given = own, matrix, slope, scale, self._nibble_of_step, self.nf4, dtype, nibbles, values
+        if self._fused:
+            try:
+                return round_block(*given)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a Triton that we don't know does; nothing read was written
+                self._fused = False
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                warnings.warn(
+                    f"the rounding kernel failed, and PyTorch, which takes much longer, goes on: {reason}",
+                    stacklevel=2,
+                )
+        return round_block(*given, fused=False)
 
 
 _STEPS = 4096
@@ -103,6 +135,10 @@ class _Grid:
             shift.append(offset.expand(n))
         self.wide, self.shift = torch.cat(wide), torch.cat(shift)
 
+    def nearest(self, wanted: Tensor) -> Tensor:
+        """For a scale of every block, (N, blocks): the index of the nearest that can be stored."""
+        return self.codes.nearest_nested((wanted - self.shift[:, None]) / _nonzero(self.wide))
+
     def snap(self, wanted: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """For scales (candidates, N): the indices and the values of the nearest that can be stored."""
         wide = self.wide[:, block]
@@ -116,11 +152,8 @@ def round_plainly(weights: Sequence[Tensor], blocksize: int, codes: Codes) -> li
     joint = torch.cat(list(weights))
     blocks = joint.view(joint.shape[0], -1, blocksize)
     absmax = blocks.abs().amax(2)
-    nested = torch.empty_like(absmax, dtype=torch.int64)
-    for block in range(absmax.shape[1]):
-        nested[:, block] = grid.snap(absmax[:, block], block)[0]
     nibbles = codes.nibbles(blocks, absmax[:, :, None]).view(joint.shape)
-    return _split(nibbles, nested, grid)
+    return _split(nibbles, grid.nearest(absmax), grid)
 
 
 def round_calibrated(
@@ -159,62 +192,48 @@ def round_calibrated(
     permutation = (order[:, None] * blocksize + inner[order]).reshape(-1)
     upper = torch.linalg.cholesky(inverse[permutation][:, permutation], upper=True)
     damped = damped[permutation][:, permutation]
+    del lower, inverse
     # From here on transposed, (K, N): the loops go over columns of the weight, which then lie together.
     target = joint.T[permutation].contiguous()
 
-    def expand(index: Tensor, scale: Tensor) -> Tensor:
-        expanded: Tensor = (codes.nf4[index] * scale).to(dtype).float()
-        return expanded
-
     work = target.clone()
     values = torch.empty_like(work)
-    nibbles = torch.empty(columns, rows, dtype=torch.int64, device=joint.device)
+    nibbles = torch.empty(columns, rows, dtype=torch.uint8, device=joint.device)
     nested = torch.empty(columns // blocksize, rows, dtype=torch.int64, device=joint.device)
     scales = torch.empty(columns // blocksize, rows, device=joint.device)
     candidates = torch.tensor(_CANDIDATES, device=joint.device)[:, None]
+    parts = 1 if joint.is_cuda else len(_CANDIDATES)  # a GPU waits for launches, a CPU for its memory
     for place, block in enumerate(order.tolist()):
         here = slice(place * blocksize, (place + 1) * blocksize)
         own, local = work[here], upper[here, here]
         index, offered = grid.snap(own.abs().amax(0) * candidates, block)
         weight = local.diagonal().square().reciprocal()
-        losses = torch.stack(
-            [weight @ (codes.nf4[codes.nibbles(own, s)].mul_(s).sub_(own)).square_() for s in offered]
-        )
-        best = losses.argmin(0, keepdim=True)
+        losses: list[Tensor] = []
+        for some in offered[:, None].chunk(parts):
+            error = codes.nf4[codes.nibbles(own, some)].mul_(some).sub_(own).square_()
+            losses += [weight @ each for each in error]
+        best = torch.stack(losses).argmin(0, keepdim=True)
         nested[block], scales[block] = index.gather(0, best)[0], offered.gather(0, best)[0]
-        errors = torch.empty_like(own)
-        for column in range(blocksize):
-            at = here.start + column
-            nibbles[at] = codes.nibbles(own[column], scales[block])
-            values[at] = expand(nibbles[at], scales[block])
-            errors[column] = (own[column] - values[at]) / local[column, column]
-            own[column + 1 :].addr_(local[column, column + 1 :], errors[column], alpha=-1)
+        errors = codes.round_block(own, local, None, scales[block], dtype, nibbles[here], values[here])
         work[here.stop :] -= upper[here, here.stop :].T @ errors
 
     gradient = damped @ (values - target) if sweeps else values
     for _ in range(sweeps):
         for place, block in enumerate(order.tolist()):
             here = slice(place * blocksize, (place + 1) * blocksize)
-            own, local, slope = values[here], damped[here, here], gradient[here].clone()
-            before = own.clone()
-            shape = codes.nf4[nibbles[here]]
+            before, local, slope = values[here].clone(), damped[here, here], gradient[here].clone()
+            shape = codes.nf4[nibbles[here].long()]
             step = (shape * slope).sum(0) / ((local @ shape) * shape).sum(0).clamp(min=1e-30)
             index, offered = grid.snap((scales[block] - step)[None], block)
-            changed = expand(nibbles[here], offered) - own
+            changed = (shape * offered).to(dtype).float() - before
             moved = local @ changed
             gains = (changed * (2 * slope + moved)).sum(0) < 0
             nested[block] = torch.where(gains, index[0], nested[block])
             scales[block] = torch.where(gains, offered[0], scales[block])
-            own += changed * gains
+            own = before + changed * gains
             slope += moved * gains
-            for column in range(blocksize):
-                at = here.start + column
-                wanted = own[column] - slope[column] / local[column, column]
-                nibbles[at] = codes.nibbles(wanted, scales[block])
-                new = expand(nibbles[at], scales[block])
-                slope.addr_(local[column], new - own[column])
-                own[column] = new
-            gradient += damped[:, here] @ (own - before)
+            codes.round_block(own, local, slope, scales[block], dtype, nibbles[here], values[here])
+            gradient += damped[:, here] @ (values[here] - before)
     back = torch.empty_like(nibbles)
     back[permutation] = nibbles
     return _split(back.T, nested.T, grid)
@@ -238,34 +257,52 @@ def _split(nibbles: Tensor, nested: Tensor, grid: _Grid) -> list[Rounded]:
 
 def tensors_of(rounded: Rounded, name: str, dtype: torch.dtype, codes: Codes) -> dict[str, Tensor]:
     """What a checkpoint holds for the weight `name`, as bitsandbytes writes it, on the CPU."""
+    packed, state = _stored(rounded, dtype, codes)
+    state.to("cpu")
+    parts = state.as_dict(packed=True)
+    return {name: packed.cpu(), **{f"{name}.{key}": tensor.cpu() for key, tensor in parts.items()}}
+
+
+def expand(rounded: Rounded, dtype: torch.dtype, codes: Codes) -> Tensor:
+    """The weight (N, K) expanded by bitsandbytes, where `rounded` is: what `expand_tensors` gives."""
+    import bitsandbytes.functional as bnb
+
+    expanded: Tensor = bnb.dequantize_4bit(*_stored(rounded, dtype, codes))
+    return expanded
+
+
+def _stored(rounded: Rounded, dtype: torch.dtype, codes: Codes) -> tuple[Tensor, Any]:
+    """The packed bytes and bitsandbytes' `QuantState`, where `rounded` is."""
     import bitsandbytes.functional as bnb
 
     n, k = rounded.nibbles.shape
-    flat = rounded.nibbles.reshape(-1, 2)
+    flat, device = rounded.nibbles.reshape(-1, 2), rounded.nibbles.device
     state = bnb.QuantState(
-        absmax=rounded.nested.reshape(-1).cpu(),
+        absmax=rounded.nested.reshape(-1),
         shape=torch.Size((n, k)),
-        code=codes.nf4.cpu().clone(),  # safetensors refuses tensors that share memory
+        code=codes.nf4.clone(),  # safetensors refuses tensors that share memory
         blocksize=rounded.blocksize,
         quant_type="nf4",
         dtype=dtype,
-        offset=torch.tensor(rounded.offset),
+        offset=torch.tensor(rounded.offset, device=device),
         state2=bnb.QuantState(
-            absmax=rounded.outer.cpu(),
-            code=codes.nested.cpu(),
+            absmax=rounded.outer,
+            code=codes.nested,
             blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         ),
     )
-    packed = ((flat[:, 0] << 4) | flat[:, 1])[:, None].cpu()
-    return {name: packed, **{f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}}
+    return ((flat[:, 0] << 4) | flat[:, 1])[:, None], state
 
 
-def expand_tensors(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The weight (N, K) that a checkpoint's tensors stand for, expanded by bitsandbytes."""
+def expand_tensors(tensors: dict[str, Tensor], name: str, device: torch.device | None = None) -> Tensor:
+    """The weight (N, K) that a checkpoint's tensors stand for, expanded by bitsandbytes.
+
+    device: where to; None: where the tensors are. It is the same to the bit where a block divides a row.
+    """
     import bitsandbytes.functional as bnb
 
-    packed = tensors[name]
+    packed = tensors[name] if device is None else tensors[name].to(device)
     start = f"{name}."
     stats = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
     state = bnb.QuantState.from_dict(stats, device=packed.device)

@@ -492,7 +492,8 @@ def _work(
         def adapted(index: int, layer: nn.Module) -> dict[str, Tensor]:
             found = {}
             for name, weight in turn.weights(index, layer).items():
-                a, b = factors_in(adapter, stream.name(index, name))
+                factors = factors_in(adapter, stream.name(index, name))
+                a, b = (factor.to(weight.device) for factor in factors)
                 found[name] = weight.float() + b @ a
             return found
 
@@ -602,10 +603,11 @@ def _calibrate(
         progress("calibrating", index, len(files))
         sizes = _blocksizes(stream, plan, index)
         if file.is_file():
-            layer, work = stream.load(index), stream.load(index)
-            tensors = load_file(file)
+            layer = stream.load(index)
+            work, tensors = copy.deepcopy(layer), load_file(file)
             for name in sizes:
-                put(work, name, expand_tensors(tensors, stream.name(index, f"{name}.weight")), stream.device)
+                full = stream.name(index, f"{name}.weight")
+                put(work, name, expand_tensors(tensors, full, stream.device), stream.device)
         else:
             layer, work, tensors = calibrate_layer(
                 stream,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sloth_plugins.quantization.calibrate import linears, put
-from sloth_plugins.quantization.rounding import Codes, expand_tensors, round_plainly, tensors_of
+from sloth_plugins.quantization.rounding import Codes, expand, round_plainly
 from sloth_plugins.quantization.stream import Stream
 
 
@@ -27,7 +27,7 @@ def kl_of(truth: Tensor, other: Tensor) -> Tensor:
 def plainly(weight: Tensor, dtype: torch.dtype, blocksize: int, codes: Codes) -> Tensor:
     """The weight (N, K) after a way through uniform NF4."""
     (rounded,) = round_plainly([weight.float()], blocksize, codes)
-    return expand_tensors(tensors_of(rounded, "w", dtype, codes), "w")
+    return expand(rounded, dtype, codes)
 
 
 def measure(

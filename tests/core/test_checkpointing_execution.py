@@ -715,6 +715,70 @@ def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one() -> 
     same(step(model, ids()), want)
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("share", [0.2, 1.1])
+def test_without_a_budget_what_the_gpu_has_is_planned_for(
+    share: float, theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is kept where there is room, also where the trainer would recompute; nobody is warned."""
+    model = llama(4)
+    layers = execute.decoder_layers(model)
+    want = step(model, ids())
+    if theirs:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    room = budget(model, share)
+    with sloth.accelerate(model, kernels="off") as acceleration:  # a CPU: nothing is planned
+        assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
+        same(step(model, ids()), want)
+    monkeypatch.setattr(execute, "usable_bytes", lambda device: room)
+    measured: list[Any] = []
+    measure = execute.measure_rates
+    monkeypatch.setattr(execute, "measure_rates", lambda device: measured.append(device) or measure(device))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sloth")
+        with sloth.accelerate(model, kernels="off", strict=True) as acceleration:
+            record = acceleration.report.checkpointing
+            same(step(model, ids()), want)
+            assert (set(record["plan"]["layers"]) == {"keep"}) == (share > 1)
+            assert bool(measured) == (share < 1)  # nothing is measured for a plan that needs no figures
+            assert "of the GPU may be filled" in record["reason"]
+            assert ("the trainer's own gradient checkpointing gives way" in record["reason"]) == theirs
+            assert any(
+                layer.gradient_checkpointing for layer in model.modules() if hasattr(layer, "mlp")
+            ) == (share < 1)
+            handle = failing(model, 1)
+            warnings.filterwarnings("ignore", message="sloth: out of memory in a forward")
+            same(step(model, ids()), want)
+            handle.remove()
+            assert "planned anew" in record["note"]
+        room = 1  # nothing fits: the smallest plan, without an error
+        with sloth.accelerate(model, kernels="off", strict=True) as acceleration:
+            same(step(model, ids()), want)
+            assert "need at least" in acceleration.report.checkpointing["note"]
+    assert all(layer.gradient_checkpointing == theirs for layer in layers)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_sharded_parameters_are_not_planned_without_a_budget(
+    early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process would plan for itself. Trainers shard before acceleration or after it."""
+    monkeypatch.setattr(execute, "usable_bytes", lambda device: 2**40)
+    model = llama(4)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    want = step(model, ids())
+    sharded: Any = next(model.parameters())
+    if early:
+        sharded.ds_id = 0
+    with sloth.accelerate(model, kernels="off") as acceleration:
+        sharded.ds_id = 0
+        same(step(model, ids()), want)
+        record = acceleration.report.checkpointing
+        assert record["chosen"] == "left to the trainer" and "are sharded (Parameter)" in record["note"]
+        assert all(layer.gradient_checkpointing for layer in model.modules() if hasattr(layer, "mlp"))
+        assert not any(isinstance(vars(m).get(execute.FLAGS[1]), execute._Ours) for m in model.modules())
+
+
 def failing(model: Any, times: int, layer: int = 2) -> Any:
     """A handle: the MLP of a layer runs out of memory so many times."""
     left = [times]

@@ -123,6 +123,61 @@ def test_odd_inputs_dead_channels_zero_blocks_and_few_tokens() -> None:
     assert loss(w, rounded, x) < loss(w, plain, x)
 
 
+def test_without_its_kernel_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sloth_kernels import nf4_rounding
+
+    x, w = correlated(200, 128), weight(48, 128)
+    codes, real = r.Codes(torch.device("cpu")), nf4_rounding.round_block
+    assert not codes._fused  # nor in Triton's interpreter
+    options = dict(blocksize=64, dtype=torch.bfloat16)
+    (expected,) = r.round_calibrated([w], x.T @ x, None, codes=codes, **options)  # type: ignore[arg-type]
+
+    def broken(*args: object, fused: bool = True) -> torch.Tensor:
+        if fused:
+            raise RuntimeError("no such\n instruction")
+        return real(*args, fused=False)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(nf4_rounding, "round_block", broken)
+    codes._fused = True
+    with pytest.warns(UserWarning, match="RuntimeError: no such instruction") as warned:
+        (found,) = r.round_calibrated([w], x.T @ x, None, codes=codes, **options)  # type: ignore[arg-type]
+    assert len(warned) == 1 and torch.equal(found.nibbles, expected.nibbles)
+    assert torch.equal(found.nested, expected.nested)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:the rounding kernel failed")
+@pytest.mark.parametrize("blocksize", [64, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu_the_loss_is_as_small_and_the_bits_are_the_same(blocksize: int, dtype: torch.dtype) -> None:
+    gpu = torch.device("cuda")
+    some = [weight(200, 512, 1).to(gpu), weight(33, 512, 2).to(gpu)]
+    x = correlated(2000, 512).to(gpu)
+    hessian, fused, plain = x.T @ x, r.Codes(gpu), r.Codes(gpu)
+    assert fused._fused
+    plain._fused = False
+
+    def rounded(codes: r.Codes) -> list[r.Rounded]:
+        return r.round_calibrated(some, hessian, None, blocksize=blocksize, dtype=dtype, codes=codes)
+
+    for w, one, again, other in zip(some, rounded(fused), rounded(fused), rounded(plain), strict=True):
+        for field in ("nibbles", "nested", "outer"):
+            assert torch.equal(getattr(one, field), getattr(again, field)), field
+        assert one.offset == again.offset
+        losses = []
+        for found in (one, other):
+            error = r.expand(found, dtype, fused).double() - w.double()
+            losses.append(((error @ hessian.double()) * error).sum().item())
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)
+        tensors = r.tensors_of(one, "w", dtype, fused)
+        assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+        there = r.expand(one, dtype, fused)
+        assert there.device.type == "cuda" and there.dtype == dtype
+        assert torch.equal(there, r.expand_tensors(tensors, "w", gpu))
+        assert torch.equal(there.cpu(), r.expand_tensors(tensors, "w"))
+    assert fused._fused
+
+
 # The plan
 
 

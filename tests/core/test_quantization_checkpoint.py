@@ -21,7 +21,8 @@ from helpers import tiny_model, tiny_tokenizer
 import sloth_plugins as sloth
 from sloth_plugins import cli
 from sloth_plugins.quantization import Options, QuantizationPlan, quantize, run
-from sloth_plugins.quantization.stream import open_stream
+from sloth_plugins.quantization.rounding import expand_tensors
+from sloth_plugins.quantization.stream import Checkpoint, open_stream
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -60,7 +61,8 @@ def quantized(place: Path, out: Path, **options: Any) -> run.Result:
         if name in options
     }
     calibration = own.pop("calibration", place / "calibration.jsonl")
-    return quantize(model, out, calibration, options=Options(**options), device="cpu", **own)
+    device = options.pop("device", "cpu")
+    return quantize(model, out, calibration, options=Options(**options), device=device, **own)
 
 
 def load(directory: Path, **options: Any) -> Any:
@@ -100,6 +102,35 @@ def test_plain_transformers_loads_it_with_our_values(place: Path, tmp_path: Path
     measured = result.evaluation["held_out.jsonl"]
     assert measured["original"]["kl"] == 0 and measured["original"]["top1"] == 1
     assert measured["sloth"]["kl"] < 0.3 * measured["uniform NF4"]["kl"]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:the rounding kernel failed")
+def test_on_a_gpu(place: Path, tmp_path: Path) -> None:
+    """Loaded with the weights as expanded, better than uniform NF4, the same after an interruption."""
+    pytest.importorskip("peft")
+    options: dict[str, Any] = dict(budget=1.15, block_sizes=(64, 32), lora_init=8, device="cuda")
+    result = quantized(place, tmp_path / "out", evaluation=[place / "held_out.jsonl"], **options)
+    measured = result.evaluation["held_out.jsonl"]
+    assert measured["sloth"]["kl"] < 0.3 * measured["uniform NF4"]["kl"]
+    assert measured["sloth + lora_init"]["kl"] < measured["sloth"]["kl"]
+    stored = Checkpoint(tmp_path / "out")
+    got = dequantized(load(tmp_path / "out", device_map={"": 0}))
+    assert set(got) == {choice.module for choice in result.plan.choices if choice.bits == 4}
+    for name, value in got.items():
+        key = f"{name}.weight"
+        own = {k: stored.tensor(k) for k in stored.shapes if k == key or k.startswith(f"{key}.")}
+        assert value.device.type == "cuda" and torch.equal(value.cpu(), expand_tensors(own, key)), name
+
+    def interrupt(what: str, done: int, of: int) -> None:
+        if (what, done) == ("calibrating", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(place, tmp_path / "again", progress=interrupt, **options)
+    quantized(place, tmp_path / "again", **options)
+    weights = [contents(tmp_path / name)["model.safetensors"] for name in ("out", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_the_stream_computes_what_the_model_computes(place: Path) -> None:
