@@ -136,7 +136,7 @@ def step_clock() -> type:
             self.begins: list[float] = []
             self.ends: list[float] = []
             self.losses: list[float] = []
-            self.setup_peak = self.base = 0
+            self.setup_peak = self.base = self.peak = 0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if cuda and not self.begins:
@@ -148,6 +148,8 @@ def step_clock() -> type:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.ends.append(now())
+            if cuda:  # Axolotl resets it with each log
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -163,7 +165,7 @@ def step_clock() -> type:
                 "begins": self.begins,
                 "ends": self.ends,
                 "losses": self.losses,
-                "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+                "peak_bytes": self.peak,
                 "base_bytes": self.base,
                 "setup_peak_bytes": self.setup_peak,
                 "own_kernels": own_kernels(self.trainer.model),

@@ -863,9 +863,9 @@ class _LoraMLPAgain(torch.autograd.Function):
     """_LoraMLP in tiles of rows that keeps x and P of down: gate and up of a tile are made again when its
     gradients are.
 
-    Both groups are expanded once a pass; where it is `repeated` in one tile, when they are wanted. Sums over
-    tiles are in float32. Where it is `repeated`, P of down is made again too, and without `output` nothing is
-    left to do in the forward.
+    Both groups are expanded once a pass; for one tile, when they are wanted. Sums over tiles are in float32.
+    Where it is `repeated`, P of down is made again too, and without `output` nothing is left to do in the
+    forward.
     """
 
     @staticmethod
@@ -884,7 +884,7 @@ class _LoraMLPAgain(torch.autograd.Function):
         parts = rows.split(tile)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
-        ctx.lean = repeated and len(parts) == 1
+        ctx.lean = len(parts) == 1
         if not output:
             seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)

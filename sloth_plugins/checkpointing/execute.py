@@ -181,7 +181,8 @@ class Running:
         self._wanted = []
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
-            mlp = mlp_of(layer, chosen.facts) if tile or option.startswith("recompute") else None
+            again = tile or chosen.mlps_again or option.startswith("recompute")
+            mlp = mlp_of(layer, chosen.facts) if again else None
             if option == "recompute_mlp" and mlp is None:
                 option = "recompute"
             drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
@@ -665,7 +666,9 @@ class Automatic:
         self.facts = facts_of(model, self.ops)
         self.running = Running(model)
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
-        self.tiles = TILES if all(mlp is not None for mlp in mlps) else (1,)
+        split = all(mlp is not None for mlp in mlps)
+        self.tiles = TILES if split else (1,)
+        self.mlps: tuple[bool, ...] = (False, True) if split else (False,)
         both = {"rms_norm", "add_rms_norm"} <= self.ops
         self.norms: tuple[bool, ...] = (False, True) if both else (False,)
         if len(self.running.layers) != self.facts.layers:
@@ -697,6 +700,11 @@ class Automatic:
             end()
 
         return undo
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """What the planner may choose from."""
+        return {"tiles": self.tiles, "norms": self.norms, "mlps": self.mlps}
 
     @property
     def rates(self) -> Rates:
@@ -747,9 +755,7 @@ class Automatic:
 
     def _least(self) -> str:
         assert self.plan is not None
-        least = smallest_budget_bytes(
-            self.facts, self.plan.shape, self.rates, tiles=self.tiles, norms=self.norms
-        )
+        least = smallest_budget_bytes(self.facts, self.plan.shape, self.rates, **self.ways)
         shape = self.plan.shape
         return f"{shape.batch} x {shape.seq} tokens need at least {gib(least)} by the plan's arithmetic"
 
@@ -759,15 +765,13 @@ class Automatic:
         assert self.plan is not None
         shape, before = self.plan.shape, self.plan.peak_bytes + self.plan.margin_bytes
         try:
-            chosen = plan(
-                self.facts, shape, int(0.9 * before), self.rates, tiles=self.tiles, norms=self.norms
-            )
+            chosen = plan(self.facts, shape, int(0.9 * before), self.rates, **self.ways)
         except BadInputError:
-            least = smallest_budget_bytes(self.facts, shape, self.rates, tiles=self.tiles, norms=self.norms)
+            least = smallest_budget_bytes(self.facts, shape, self.rates, **self.ways)
             if least >= before:
                 error.add_note(f"sloth: there is no plan with less memory. {self._least()}")
                 raise error from None
-            chosen = plan(self.facts, shape, least, self.rates, tiles=self.tiles, norms=self.norms)
+            chosen = plan(self.facts, shape, least, self.rates, **self.ways)
         self.budget = min(self.budget, int(0.9 * before))
         said = f"out of memory in a forward under a plan for {gib(before)}: planned anew for less"
         warnings.warn(f"sloth: {said} ({chosen}), and the forward is repeated", stacklevel=3)
@@ -824,16 +828,25 @@ class Automatic:
                 known = rates_for(
                     torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
                 )
-                roomy = plan(facts, shape, self.budget, known, allow=("keep",), tiles=(1,), norms=(False,))
+                roomy = plan(
+                    facts,
+                    shape,
+                    self.budget,
+                    known,
+                    allow=("keep",),
+                    tiles=(1,),
+                    norms=(False,),
+                    mlps=(False,),
+                )
                 return self._use(roomy)
         rates = self.rates
         try:
-            chosen = plan(facts, shape, self.budget, rates, tiles=self.tiles, norms=self.norms)
+            chosen = plan(facts, shape, self.budget, rates, **self.ways)
         except BadInputError as error:
             if self.strict and self.given is not None:
                 raise
-            least = smallest_budget_bytes(facts, shape, rates, tiles=self.tiles, norms=self.norms)
-            chosen = plan(facts, shape, least, rates, tiles=self.tiles, norms=self.norms)
+            least = smallest_budget_bytes(facts, shape, rates, **self.ways)
+            chosen = plan(facts, shape, least, rates, **self.ways)
             if self.given is not None:
                 warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
             self.record["note"] = str(error)

@@ -315,11 +315,13 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
-    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False) -> int:
+    def workspace_bytes(
+        self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False, mlps_again: bool = False
+    ) -> int:
         """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
 
         mlp_tiles: parts of the tokens, one of which is in the MLP at a time; beyond 1 with what it saves, and
-        with the parts of its input's gradient beside the whole.
+        with the parts of its input's gradient beside the whole. mlps_again: with what it saves, in one piece.
         """
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = (-(-self.rank // 16) * 16) if self.rank else 0
@@ -337,13 +339,15 @@ class ModelFacts:
             expanded = (2 * i + 2 * columns) * (h + ROW) * e + (h + columns) * (i + ROW) * e
         else:
             expanded = h * i * e
+        if mlps_again and mlp_tiles == 1:
+            gradients += self.mlp_bytes(shape) - self.lean_bytes(shape)
         return expanded + gradients + (t * h * e if norms_again else 0)
 
     def lean_bytes(self, shape: Shape) -> int:
-        """What a layer that is run again takes less in its backward than its saved tensors and
-        `workspace_bytes`: gate and up are made when their gradients are, and each of the MLP's weights is
-        expanded when it is wanted."""
-        if not (self.fused_mlp and self.ends_with_mlp):
+        """What a layer whose MLP is made again in one piece takes less in its backward than all of its saved
+        tensors and `workspace_bytes`: gate and up are made when their gradients are, and each of the MLP's
+        weights is expanded when it is wanted."""
+        if not self.fused_mlp:
             return 0
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = -(-self.rank // 16) * 16

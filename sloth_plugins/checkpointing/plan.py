@@ -8,9 +8,10 @@ A layer takes one of OPTIONS, which say of each tensor class whether it is kept,
     recompute_offload  the input lies in host memory, all else is made again
     offload            all lies in host memory
 
-Beside that the tokens may go through every layer's MLP in tiles, each of which is made again in the backward:
-all of gate and up is then never there, which counts for long rows and small budgets. And the outputs of norms
-may be made again from the norms' inputs, which are saved beside them, for one pass over memory.
+Beside that every layer's MLP may be made again in the backward, under all options, in one piece or in tiles
+of tokens: all of gate and up is then never there, which counts for long rows and small budgets. And the
+outputs of norms may be made again from the norms' inputs, which are saved beside them, for one pass over
+memory.
 
 Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
 that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
@@ -29,7 +30,6 @@ offloaded layers under way and one layer being recomputed, less what the backwar
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Costs:
     rest_s: float
     options: dict[str, Option]
     tiled_s: float
-    """What a layer's MLP in tiles costs on top, under every option; 0 without tiles."""
+    """What a layer's MLP that is made again costs on top, under every option; else 0."""
     host_forward_s: float
     """What the host takes to launch a layer's forward; where that is more, the device waits."""
     host_backward_s: float
@@ -90,7 +90,12 @@ class Costs:
 
 
 def costs(
-    facts: ModelFacts, shape: Shape, rates: Rates, mlp_tiles: int = 1, norms_again: bool = False
+    facts: ModelFacts,
+    shape: Shape,
+    rates: Rates,
+    mlp_tiles: int = 1,
+    norms_again: bool = False,
+    mlps_again: bool = False,
 ) -> Costs:
     """The costs of one layer and of the rest of the step."""
     t, h = shape.tokens, facts.hidden
@@ -115,14 +120,15 @@ def costs(
         mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
         # Each tile expands the weights anew: forward, again in the backward, and for the gradients.
         more = (mlp_tiles - 1) * expansion(of_mlp)
-    tiled = mlp_again + 3 * more if mlp_tiles > 1 else 0.0
-    if mlp_tiles > 1:
+    mlps_again = mlps_again or mlp_tiles > 1
+    tiled = mlp_again + 3 * more if mlps_again else 0.0
+    if mlps_again:
         full, forward = full - mlp, forward + more
     again = forward
     if facts.fused_mlp and facts.ends_with_mlp:  # down alone; with tiles, gate and up wait for the gradients
-        unread = 3 if mlp_tiles > 1 else 1
+        unread = 3 if mlps_again else 1
         again -= unread * (2 * t * of_mlp / 3 / matmul + expansion(of_mlp // 3))
-        again -= traffic[0] * mlp / memory if mlp_tiles > 1 else 0.0
+        again -= traffic[0] * mlp / memory if mlps_again else 0.0
     head = (4 if facts.rank else 6) * t * facts.vocab * h / matmul
     if not facts.fused_head:
         head += t * facts.vocab * 3 * 12 / memory
@@ -130,12 +136,13 @@ def costs(
     normed = sum(saved[name] for name in NORM_CLASSES) if norms_again else 0
     norm_s = 2 * normed / memory
     kept = full - normed
-    lean = facts.lean_bytes(shape) if mlp_tiles == 1 else 0
+    lean = 0 if mlps_again else facts.lean_bytes(shape)
+    of_layer = lean if facts.ends_with_mlp else 0
     rows = (
         ("keep", kept, 0, 0, norm_s),
-        ("recompute_mlp", kept - mlp, mlp, 0, mlp_again + norm_s),
-        ("recompute", boundary, max(1, full - lean - (boundary if facts.fused else 0)), 0, again),
-        ("recompute_offload", 0, max(1, full - lean), boundary, again),
+        ("recompute_mlp", kept - mlp, max(1, mlp - lean), 0, mlp_again + norm_s),
+        ("recompute", boundary, max(1, full - of_layer - (boundary if facts.fused else 0)), 0, again),
+        ("recompute_offload", 0, max(1, full - of_layer), boundary, again),
         ("offload", 0, 0, kept, norm_s),
     )
     options = {
@@ -182,6 +189,8 @@ class CheckpointPlan:
     """Parts of the tokens that go through each MLP one after another."""
     norms_again: bool = False
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
+    mlps_again: bool = False
+    """Each MLP is made again in the backward, as always where it is in several parts."""
 
     def __repr__(self) -> str:
         return f"<CheckpointPlan: {self}>"
@@ -189,7 +198,8 @@ class CheckpointPlan:
     def __str__(self) -> str:
         counts = {name: self.layers.count(name) for name in OPTIONS}
         named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
-        tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else ""
+        tiles = ", MLPs again" if self.mlps_again else ""
+        tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else tiles
         norms = ", norms again" if self.norms_again else ""
         tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
@@ -200,7 +210,8 @@ class CheckpointPlan:
     def classes(self, layer: int) -> dict[str, str]:
         """keep, recompute or offload for each tensor class of a layer."""
         option = self.layers[layer]
-        again = {*(MLP_CLASSES if self.mlp_tiles > 1 else ()), *(NORM_CLASSES if self.norms_again else ())}
+        of_mlps = MLP_CLASSES if self.mlps_again or self.mlp_tiles > 1 else ()
+        again = {*of_mlps, *(NORM_CLASSES if self.norms_again else ())}
         if option in ("keep", "offload"):
             return {name: "recompute" if name in again else option for name in CLASSES}
         if option == "recompute_mlp":
@@ -225,7 +236,11 @@ class CheckpointPlan:
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
-        return costs(self.facts, self.shape, self.rates, self.mlp_tiles, self.norms_again)
+        return costs(self.facts, self.shape, self.rates, *self._way)
+
+    @property
+    def _way(self) -> tuple[int, bool, bool]:
+        return self.mlp_tiles, self.norms_again, self.mlps_again
 
     @property
     def tile_tokens(self) -> int:
@@ -250,7 +265,7 @@ class CheckpointPlan:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
         facts, shape = self.facts, self.shape
         options = self.costs().options
-        work, grads = facts.workspace_bytes(shape, self.mlp_tiles, self.norms_again), facts.gradient_bytes
+        work, grads = facts.workspace_bytes(shape, *self._way), facts.gradient_bytes
         base = fixed_bytes(facts) + facts.ends_bytes(shape)
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
@@ -337,21 +352,21 @@ def plan(
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
+    mlps: Sequence[bool] = (False, True),
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
-    norms' outputs may be made again, False among them. Raises BadInputError, with the smallest budget that
-    fits, where none does.
+    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise. Raises
+    BadInputError, with the smallest budget that fits, where none does.
     """
     best: CheckpointPlan | None = None
-    for count, again in itertools.product(_tiles(shape, tiles), _norms(facts, norms)):
-        made = _search(facts, shape, budget_bytes, rates, host_bytes, allow, count, again, best)
-        best = made or best
+    for way in _ways(facts, _tiles(shape, tiles), norms, mlps):
+        best = _search(facts, shape, budget_bytes, rates, host_bytes, allow, way, best) or best
     if best is not None:
         return best
-    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms)
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
         "weights": facts.weights_bytes,
@@ -374,9 +389,10 @@ def smallest_budget_bytes(
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
+    mlps: Sequence[bool] = (False, True),
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
     return least.peak_bytes + least.margin_bytes
 
 
@@ -386,11 +402,22 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
     return [count for count in sorted(set(tiles)) if count == 1 or shape.tokens >= count * LEAST_TILE]
 
 
-def _norms(facts: ModelFacts, norms: Sequence[bool]) -> list[bool]:
-    if False not in norms:
-        raise BadInputError(f"norms={tuple(norms)!r}: allowed are False, and True beside it")
+def _ways(
+    facts: ModelFacts, tiles: Sequence[int], norms: Sequence[bool], mlps: Sequence[bool]
+) -> list[tuple[int, bool, bool]]:
+    """(MLP tiles, whether norms and MLPs in one piece are made again): what all layers have in common."""
+    for name, given in (("norms", norms), ("mlps", mlps)):
+        if False not in given:
+            raise BadInputError(f"{name}={tuple(given)!r}: allowed are False, and True beside it")
     # Elsewhere torch's checkpointing of an MLP holds its input.
-    return sorted(set(norms)) if facts.fused_mlp else [False]
+    of_norms = sorted(set(norms)) if facts.fused_mlp else [False]
+    of_mlps = sorted(set(mlps)) if facts.fused_mlp else [False]
+    return [
+        (count, of_norm, of_mlp)
+        for count in tiles
+        for of_mlp in (of_mlps if count == 1 else [False])
+        for of_norm in of_norms
+    ]
 
 
 def _smallest(
@@ -401,13 +428,13 @@ def _smallest(
     allow: Sequence[str],
     tiles: Sequence[int],
     norms: Sequence[bool],
+    mlps: Sequence[bool],
 ) -> CheckpointPlan:
     """The plan that needs the least memory: smaller tiles never need more."""
     found = [
         made
-        for count in {1, _tiles(shape, tiles)[-1]}
-        for again in _norms(facts, norms)
-        if (made := _search(facts, shape, None, rates, host_limit, allow, count, again, None)) is not None
+        for way in _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, mlps)
+        if (made := _search(facts, shape, None, rates, host_limit, allow, way, None)) is not None
     ]
     return min(found, key=lambda made: (made.peak_bytes + made.margin_bytes, made.mlp_tiles))
 
@@ -419,24 +446,24 @@ def _search(
     rates: Rates,
     host_limit: int | None,
     allow: Sequence[str],
-    mlp_tiles: int,
-    norms_again: bool,
+    way: tuple[int, bool, bool],
     at_most: CheckpointPlan | None,
 ) -> CheckpointPlan | None:
     """The fastest plan within the budget, of equal ones that which does least; None: the smallest.
 
-    With so many MLP tiles, and faster than `at_most` if that is given; None where there is none.
+    In one of `_ways`, and faster than `at_most` if that is given; None where there is none.
     """
     import torch
 
     unknown = [name for name in allow if name not in OPTIONS]
     if unknown or "keep" not in allow:
         raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
-    cost, layers = costs(facts, shape, rates, mlp_tiles, norms_again), facts.layers
+    mlp_tiles, norms_again, mlps_again = way
+    cost, layers = costs(facts, shape, rates, *way), facts.layers
     options = cost.options
     full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
     fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
-    work, head = facts.workspace_bytes(shape, mlp_tiles, norms_again), facts.head_bytes(shape)
+    work, head = facts.workspace_bytes(shape, *way), facts.head_bytes(shape)
     gradients = 0 if facts.accumulates else facts.gradient_bytes
     beside = (layers - 1) / layers
     to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
@@ -450,7 +477,7 @@ def _search(
     whole = "recompute" in allow or "recompute_offload" in allow
     offloaded, of_mlp, of_layer = torch.cartesian_prod(
         torch.arange(layers if "offload" in allow else 1),
-        torch.arange(layers + 1 if "recompute_mlp" in allow and mlp_tiles == 1 else 1),
+        torch.arange(layers + 1 if "recompute_mlp" in allow and mlp_tiles == 1 and not mlps_again else 1),
         torch.arange(layers + 1 if whole else 1),
     ).unbind(1)
     rest = layers - offloaded - of_mlp - of_layer
@@ -566,6 +593,7 @@ def _search(
         stall_s=stall_s,
         mlp_tiles=mlp_tiles,
         norms_again=norms_again,
+        mlps_again=mlps_again,
     )
 
 

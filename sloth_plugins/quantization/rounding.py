@@ -298,7 +298,8 @@ def _stored(rounded: Rounded, dtype: torch.dtype, codes: Codes) -> tuple[Tensor,
 def expand_tensors(tensors: dict[str, Tensor], name: str, device: torch.device | None = None) -> Tensor:
     """The weight (N, K) that a checkpoint's tensors stand for, expanded by bitsandbytes.
 
-    device: where to; None: where the tensors are. It is the same to the bit where a block divides a row.
+    device: where to; None: where the tensors are. Where a block divides a row it is the same to the bit, but
+    for float16, which bitsandbytes rounds another way on a CPU.
     """
     import bitsandbytes.functional as bnb
 

@@ -1262,7 +1262,8 @@ def test_precision_on_a_gpu(tmp_path: Path, package: str, precision: str) -> Non
     (acceleration,) = trainer.strategy.accelerations
     report = acceleration.report
     assert [skip for skip in report.skipped if not skip.benign] == []
-    assert module.patched == [len(report.patched)] * 4 and len(report.patched) >= 11
+    # And the backbone's, which repeats a forward that runs out of memory.
+    assert module.patched == [len(report.patched) + 1] * 4 and len(report.patched) >= 11
     assert all(row.kernel.startswith("sloth.triton.") for row in report.patched if "rms_norm" in row.op)
     kind = {"bf": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision[:2]]
     assert close(module.losses, plain.losses, kind) and not forwards(module)

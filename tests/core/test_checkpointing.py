@@ -121,16 +121,17 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
     n, best, tile_counts = facts.layers, None, [m for m in TILES if shape.tokens >= m * 512]
     ways = {
         way: (costs(facts, shape, rates, *way), facts.workspace_bytes(shape, *way))
-        for way in itertools.product(tile_counts, (False, True))
+        for way in itertools.product(tile_counts, (False, True), (False, True))
+        if way[0] == 1 or not way[2]
     }
     head, ends, fixed = facts.head_bytes(shape), facts.ends_bytes(shape), fixed_bytes(facts)
     gradients = facts.gradient_bytes
     for way, mlp, whole, inputs, offloaded in itertools.product(ways, *[range(n + 1)] * 4):
-        (tiles, _), (cost, work) = way, ways[way]
+        (tiles, _, mlps), (cost, work) = way, ways[way]
         o = cost.options
         full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
         rest = n - mlp - whole - inputs - offloaded
-        if rest < (1 if offloaded else 0) or (tiles > 1 and mlp):
+        if rest < (1 if offloaded else 0) or ((tiles > 1 or mlps) and mlp):
             continue
         counts = {"recompute_mlp": mlp, "recompute": whole, "recompute_offload": inputs}
         held = rest * full + sum(k * o[name].kept_bytes for name, k in counts.items())
@@ -229,6 +230,24 @@ def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
     assert sizes == sorted(sizes, reverse=True)
     with pytest.raises(ValueError, match=r"tiles=\(2,\): allowed are 1 and"):
         plan(facts, short, 2**40, H200, tiles=(2,))
+
+
+def test_mlps_are_made_again_in_one_piece_before_tiles_are_taken() -> None:
+    """7.1 GiB for 2 x 2048 tokens; of fused MLPs alone."""
+    facts, shape, budget = llama_8b(**QLORA), Shape(batch=2, seq=2048), int(7.1 * 2**30)
+    made = plan(facts, shape, budget, H200)
+    assert made.mlps_again and made.mlp_tiles == 1 and "MLPs again" in str(made)
+    assert {made.classes(layer)["gate_up"] for layer in range(32)} == {"recompute"}
+    top = max(size for _, size in made.timeline())
+    assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes
+    without = plan(facts, shape, budget, H200, tiles=(1,), mlps=(False,))
+    assert not without.mlps_again and without.step_s > made.step_s
+    assert CheckpointPlan.from_dict(made.to_dict()) == made
+    assert not plan(facts, shape, 2**40, H200).mlps_again
+    plain = llama_8b(**PLAIN)
+    assert not plan(plain, shape, smallest_budget_bytes(plain, shape, H200), H200).mlps_again
+    with pytest.raises(ValueError, match=r"mlps=\(True,\): allowed are False, and True"):
+        plan(facts, shape, budget, H200, mlps=(True,))
 
 
 def test_limits_on_host_memory_and_options() -> None:

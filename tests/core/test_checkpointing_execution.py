@@ -200,6 +200,27 @@ def test_a_layer_that_runs_again_leaves_its_output_out(
     assert calls == [(True, True)] * LAYERS + [(False, True)] * LAYERS
 
 
+@pytest.mark.parametrize("option", ["keep", "offload", "recompute", "recompute_offload"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_mlps_that_are_made_again_in_one_piece_give_the_same_bits(
+    option: str, norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, and no layer keeps gate and up."""
+    from sloth_kernels import lora
+
+    model, given = llama(4, 0.3), ids(3, 13)
+    with sloth.accelerate(model, checkpointing=planned(model, ("keep",) * 4)):
+        want = step(model, given)
+    whole: list[Any] = []
+    apply = lora._LoraMLP.apply
+    monkeypatch.setattr(lora._LoraMLP, "apply", lambda *a: whole.append(a) or apply(*a))
+    chosen = planned(model, (option,) * 3 + ("keep",), norms_again=norms, mlps_again=True)
+    with sloth.accelerate(model, checkpointing=chosen):
+        whole.clear()  # of the proofs
+        same(step(model, given), want)
+    assert not whole
+
+
 @pytest.mark.parametrize("option", ["recompute_offload", "offload"])
 @pytest.mark.parametrize("norms", [False, True])
 def test_host_memory_is_free_after_the_backward(option: str, norms: bool) -> None:
@@ -308,9 +329,18 @@ def budget_of_norms(model: Any) -> int:
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("layers", "tiles"), [*(((o,) * 3 + ("keep",), 1) for o in OPTIONS), (MIXED, 1), (MIXED, 4)]
+    ("layers", "tiles", "mlps"),
+    [
+        *(((o,) * 3 + ("keep",), 1, False) for o in OPTIONS),
+        (MIXED, 1, False),
+        (MIXED, 4, False),
+        (("keep",) * 4, 1, True),
+        (MIXED, 1, True),
+    ],
 )
-def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torch.dtype, norms: bool) -> None:
+def test_the_same_bits_on_a_gpu(
+    layers: tuple[str, ...], tiles: int, mlps: bool, dtype: torch.dtype, norms: bool
+) -> None:
     """With copies on a stream of their own: under autocast and without, dropout, a second backward,
     generation between steps, another shape. In tiles: as the whole but for rounding.
     """
@@ -341,7 +371,7 @@ def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torc
         want, want_twice = steps(), twice()
         for one, other in zip(steps(), want, strict=True):
             same(one, other)  # else nothing here means anything
-    chosen = planned(model, layers, mlp_tiles=tiles, norms_again=norms)
+    chosen = planned(model, layers, mlp_tiles=tiles, norms_again=norms, mlps_again=mlps)
     with sloth.accelerate(model, checkpointing=chosen) as acceleration:
         ours = {row.op for row in acceleration.report.patched}
         assert {"lora_linear", "lora_mlp", "rms_norm", "add_rms_norm"} <= ours

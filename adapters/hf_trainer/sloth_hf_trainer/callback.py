@@ -41,6 +41,7 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         self._printed: sloth.Acceleration | None = None
         self._warned = False
         self._counter = TokenCounter()
+        self._devices: tuple[Any, ...] | None = None
         self._window_began: float | None = None
         self._step_ended: float | None = None
         self._run_tokens = 0
@@ -174,11 +175,13 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
         self._run_seconds += seconds
         if "train_loss" in logs:
             tokens, seconds = self._run_tokens, self._run_seconds
+        if self._devices is None:  # once a run: looking at all parameters takes milliseconds
+            self._devices = cuda_devices([self.acceleration.model])
         report = self.acceleration.report
         figures: dict[str, float] = {
             "sloth/patched": len(report.patched),
             "sloth/skipped": len(report.skipped),
-            "sloth/peak_bytes": peak_bytes(cuda_devices([self.acceleration.model])),
+            "sloth/peak_bytes": peak_bytes(self._devices),
         }
         if tokens and seconds > 0:
             figures["sloth/tokens_per_s"] = round(tokens / seconds, 1)
@@ -195,7 +198,7 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
                 print(f"sloth head {line}", file=sys.stderr)
 
     def _reset_figures(self) -> None:
-        self._window_began = self._step_ended = None
+        self._window_began = self._step_ended = self._devices = None
         self._counter.tokens = self._run_tokens = 0
         self._run_seconds = 0.0
 
