@@ -399,7 +399,11 @@ class _Run:
 
         record, budget = self.report.checkpointing, self.settings.memory_budget_bytes
         parameter = next(self.model.parameters(), None)
-        if budget is None and (parameter is None or execute.usable_bytes(parameter.device) is None):
+        if budget is None and (
+            self.settings.kernels == "off"
+            or parameter is None
+            or execute.usable_bytes(parameter.device) is None
+        ):
             return False
         try:
             undo = execute.Automatic(self.settings, record, [row.op for row in self.report.patched]).apply(

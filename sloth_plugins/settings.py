@@ -63,12 +63,13 @@ class Settings:
     kernels: Kernels = "auto"
     """"auto": Triton where a GPU driver is active, else the PyTorch references. "off": patch nothing."""
     checkpointing: Any = "auto"
-    """"auto": with memory_budget_bytes, plan at the first batch what each decoder layer keeps, offloads and
-    recomputes; without, leave it to the trainer unless a plugin plans it. "off": leave it alone. "recompute":
-    recompute every decoder layer. Or a plan: a CheckpointPlan or a plugin's."""
+    """"auto": plan at the first batch what each decoder layer keeps, offloads and recomputes, within
+    memory_budget_bytes or else within what the GPU has; without both, leave it to the trainer. A plugin's
+    plan comes before. "off": leave it alone. "recompute": recompute every decoder layer. Or a plan: a
+    CheckpointPlan or a plugin's."""
     memory_budget_bytes: int | None = None
-    """Bytes of device memory that a training step may fill, weights included; None: no plan is made. Sizes
-    such as "20GiB" are accepted and stored in bytes."""
+    """Bytes of device memory that a training step may fill, weights included; None: most of what the GPU has.
+    Sizes such as "20GiB" are accepted and stored in bytes."""
     verify: bool = True
     """Run every patch against the module that it replaces and against float64 before it is used."""
     strict: bool = False

@@ -542,6 +542,14 @@ for name, ops in THEIRS.items():
     assert settings.disable == {"rope", *ops} - {"head_loss"}, (name, settings)
     assert settings.head_loss == ("off" if "head_loss" in ops else "auto")
     assert len(notes) == 1 and name in notes[0] and all(op in notes[0] for op in ops), notes
+given = {"activation_offloading": True, "gradient_checkpointing": "offload", "layer_offloading": True}
+for offload in ({name: value} for name, value in given.items()):
+    settings, notes = settings_of(DictDefault(offload))
+    assert settings.checkpointing == "off" and len(notes) == 1 and next(iter(offload)) in notes[0], notes
+    for own in ({"memory_budget_bytes": 2**34}, {"checkpointing": "recompute"}):
+        settings, notes = settings_of(DictDefault({**offload, "sloth": own}))
+        assert settings.checkpointing == own.get("checkpointing", "auto") and not notes
+assert settings_of(DictDefault({"gradient_checkpointing": True}))[0].checkpointing == "auto"
 """
 LOAD = """
 import json, sys, warnings

@@ -745,6 +745,10 @@ def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one() -> 
     same(step(model, ids()), want)
 
 
+# What the planner takes for kernels is off: it plans as for a plain step.
+PLAIN = ["lora_linear", "lora_mlp", "gated_mlp", "linear_cross_entropy", "linear_log_probs"]
+
+
 @pytest.mark.parametrize("theirs", [False, True])
 @pytest.mark.parametrize("share", [0.2, 1.1])
 def test_without_a_budget_what_the_gpu_has_is_planned_for(
@@ -753,20 +757,23 @@ def test_without_a_budget_what_the_gpu_has_is_planned_for(
     """All is kept where there is room, also where the trainer would recompute; nobody is warned."""
     model = llama(4)
     layers = execute.decoder_layers(model)
-    want = step(model, ids())
+    with sloth.accelerate(model, disable=PLAIN, checkpointing="off"):
+        want = step(model, ids())
     if theirs:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     room = budget(model, share)
-    with sloth.accelerate(model, kernels="off") as acceleration:  # a CPU: nothing is planned
+    with sloth.accelerate(model, disable=PLAIN) as acceleration:  # a CPU: nothing is planned
         assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
         same(step(model, ids()), want)
     monkeypatch.setattr(execute, "usable_bytes", lambda device: room)
+    with sloth.accelerate(model, kernels="off") as acceleration:
+        assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
     measured: list[Any] = []
     measure = execute.measure_rates
     monkeypatch.setattr(execute, "measure_rates", lambda device: measured.append(device) or measure(device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="sloth")
-        with sloth.accelerate(model, kernels="off", strict=True) as acceleration:
+        with sloth.accelerate(model, disable=PLAIN, strict=True) as acceleration:
             record = acceleration.report.checkpointing
             same(step(model, ids()), want)
             assert (set(record["plan"]["layers"]) == {"keep"}) == (share > 1)
@@ -782,7 +789,7 @@ def test_without_a_budget_what_the_gpu_has_is_planned_for(
             handle.remove()
             assert "planned anew" in record["note"]
         room = 1  # nothing fits: the smallest plan, without an error
-        with sloth.accelerate(model, kernels="off", strict=True) as acceleration:
+        with sloth.accelerate(model, disable=PLAIN, strict=True) as acceleration:
             same(step(model, ids()), want)
             assert "need at least" in acceleration.report.checkpointing["note"]
     assert all(layer.gradient_checkpointing == theirs for layer in layers)
@@ -796,11 +803,12 @@ def test_sharded_parameters_are_not_planned_without_a_budget(
     monkeypatch.setattr(execute, "usable_bytes", lambda device: 2**40)
     model = llama(4)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    want = step(model, ids())
+    with sloth.accelerate(model, disable=PLAIN, checkpointing="off"):
+        want = step(model, ids())
     sharded: Any = next(model.parameters())
     if early:
         sharded.ds_id = 0
-    with sloth.accelerate(model, kernels="off") as acceleration:
+    with sloth.accelerate(model, disable=PLAIN) as acceleration:
         sharded.ds_id = 0
         same(step(model, ids()), want)
         record = acceleration.report.checkpointing

@@ -80,8 +80,8 @@ class SlothOptions(BaseModel):
     )
     checkpointing: str = Field(
         "auto",
-        description="`auto`: leave it to Axolotl unless a plugin plans it; `off`: leave it alone; "
-        "`recompute`: recompute every decoder layer",
+        description="`auto`: plan it, within the budget or what the GPU has, in the place of "
+        "`gradient_checkpointing`; `off`: leave it to Axolotl; `recompute`: recompute every decoder layer",
     )
     memory_budget_bytes: int | str | None = Field(
         None,

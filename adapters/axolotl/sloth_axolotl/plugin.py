@@ -179,6 +179,16 @@ def settings_of(cfg: Mapping[str, Any]) -> tuple[sloth.Settings, list[str]]:
         else:
             disable |= {*ops}
         notes.append(f"{name}: true in the config is kept, so sloth leaves {', '.join(ops)} alone")
+    offloads = {
+        name: cfg.get(name) for name in ("activation_offloading", "layer_offloading") if cfg.get(name)
+    }
+    if isinstance(cfg.get("gradient_checkpointing"), str):
+        offloads["gradient_checkpointing"] = cfg["gradient_checkpointing"]
+    if offloads and options.checkpointing == "auto" and options.memory_budget_bytes is None:
+        changes["checkpointing"] = "off"
+        for name, value in offloads.items():
+            shown = "true" if value is True else value
+            notes.append(f"{name}: {shown} in the config is kept, so sloth plans no checkpointing of its own")
     if cfg.get("adapter") in ("lora", "qlora") and not any(cfg.get(name) for name in LORA_KERNELS):
         notes.append("Axolotl's own LoRA kernels are off; lora_mlp_kernel: true and its like keep them")
     return options.settings(disable=disable, **changes), notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import warnings
@@ -96,8 +97,11 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
                 "or set CUDA_VISIBLE_DEVICES to one GPU"
             )
             return
+        settings, theirs = self.settings, bool(getattr(args, "activation_offloading", False))  # TRL's
+        if theirs and settings.checkpointing == "auto" and settings.memory_budget_bytes is None:
+            settings = dataclasses.replace(settings, checkpointing="off")
         try:
-            acceleration = sloth.accelerate(model, self.settings)
+            acceleration = sloth.accelerate(model, settings)
         except sloth.SlothError:  # what the user asked for can't be done, in one sentence
             raise
         except Exception as error:  # an accelerator must never take a user's run down
@@ -107,6 +111,9 @@ class SlothCallback(TrainerCallback):  # type: ignore[misc]
                 f"the model is left as it is, because patching failed: {type(error).__name__}: {error}"
             )
             return
+        note = "activation_offloading=True is kept, so sloth plans no checkpointing of its own"
+        if settings is not self.settings and note not in acceleration.report.notes:
+            acceleration.report.notes.append(note)
         if held is not None and held is not acceleration:
             held.undo()  # model_init made a new model
         self.acceleration = acceleration
