@@ -409,11 +409,17 @@ class _Run:
             undo = execute.Automatic(self.settings, record, [row.op for row in self.report.patched]).apply(
                 self.model
             )
-        except BadInputError as error:
-            if budget is not None and (self.settings.strict or isinstance(error, execute.BudgetError)):
+        except Exception as error:
+            asked = budget is not None
+            if asked and (
+                self.settings.strict
+                or isinstance(error, execute.BudgetError)
+                or not isinstance(error, BadInputError)
+            ):
                 raise
-            record["note"] = str(error)
-            if budget is not None:
+            # Nobody asked for a plan: whatever a model is, it goes on without one.
+            record["note"] = str(error) if isinstance(error, BadInputError) else f"no plan: {error!r}"
+            if asked:
                 _warn(f"memory_budget_bytes is not used: {error}")
             return False
         self.acceleration._undo.append(undo)

@@ -799,10 +799,15 @@ class Automatic:
         if self.plan is None or not self.plan.covers(shape):
             try:
                 self._plan(shape)
-            except Sharded as error:
-                self.left, self.record["note"] = True, str(error)
+            except Exception as error:
+                if self.given is not None:
+                    raise
+                known = isinstance(error, BadInputError)
+                self.left, self.record["note"] = True, str(error) if known else f"no plan: {error!r}"
                 self.record["chosen"] = "left to the trainer"
                 self.running.stop()
+                if not known:
+                    warnings.warn(f"sloth: checkpointing is left to the trainer: {error!r}", stacklevel=2)
         elif self.running.begin():
             self._say_why()
         if self.device.type == "cuda":
@@ -849,7 +854,8 @@ class Automatic:
             chosen = plan(facts, shape, least, rates, **self.ways)
             if self.given is not None:
                 warnings.warn(f"sloth: {error}; the smallest plan is used", stacklevel=2)
-            self.record["note"] = str(error)
+            said = str(error)
+            self.record["note"] = said if self.given else said.replace("memory_budget_bytes=", "the GPU has ")
         self._use(chosen)
 
     def _use(self, chosen: CheckpointPlan) -> None:

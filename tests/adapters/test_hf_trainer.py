@@ -588,6 +588,40 @@ def test_tokens_are_counted_right(
     assert trainer.state.log_history[-1]["sloth/tokens_per_s"] == expected, "the summary covers the whole run"
 
 
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_without_a_budget_a_plan_takes_the_place_of_the_trainers_checkpointing(
+    tmp_path: Path, theirs: bool, offloading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within what the GPU has, of which a CPU is given some here; TRL's activation_offloading is kept."""
+    monkeypatch.setattr(TrainingArguments, "activation_offloading", offloading, raising=False)
+    monkeypatch.setattr("sloth_plugins.checkpointing.execute.usable_bytes", lambda device: 2**40)
+    recomputed: list[bool] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            layers = kwargs["model"].model.layers
+            recomputed.append(any(layer.gradient_checkpointing for layer in layers))
+
+    changes: dict[str, Any] = dict(gradient_checkpointing=theirs)
+    if theirs:
+        changes["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    plain = trainer_for(tmp_path, tiny_model("llama"), Look(), **changes)
+    plain.train()
+    assert recomputed == [theirs] * 4
+    recomputed.clear()
+    callback = SlothCallback()
+    trainer = trainer_for(tmp_path, tiny_model("llama"), Look(), callback, **changes)
+    trainer.train()
+    assert recomputed == [theirs and offloading] * 4
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-4)
+    assert callback.acceleration is not None
+    report = callback.acceleration.report
+    assert ("left to the trainer" in report.checkpointing["chosen"]) == offloading
+    assert ("gives way to the plan" in report.checkpointing["reason"]) == (theirs and not offloading)
+    assert any("activation_offloading=True is kept" in note for note in report.notes) == offloading
+
+
 def test_counting_survives_a_run_that_failed(tmp_path: Path, clock: TrainerCallback) -> None:
     class Stop(TrainerCallback):
         armed = True

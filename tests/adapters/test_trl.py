@@ -18,6 +18,7 @@ from sloth_hf_trainer import SlothCallback
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 import sloth_plugins as sloth
+from sloth_plugins.checkpointing import execute
 from sloth_plugins.numerics import FORMULA_TOLERANCE
 from sloth_plugins.smollm2 import MissingPackageError, require
 
@@ -259,6 +260,28 @@ def test_no_reference_model_no_note(folders: dict[str, str], tmp_path: Path, mak
     callback = SlothCallback()
     make(folders["llama"], tmp_path, callback, max_steps=1).train()
     assert not any("ref_model" in note for note in callback.acceleration.report.notes)
+
+
+@pytest.mark.parametrize("make", [sft, dpo, grpo])
+def test_a_plan_gives_the_losses_of_the_trainers_own_checkpointing(
+    folders: dict[str, str], tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with DPO's reference passes and GRPO's generation between steps: the smallest plan."""
+    found = []
+    for planned in (False, True):
+        with monkeypatch.context() as patch:
+            if planned:
+                patch.setattr(execute, "usable_bytes", lambda device: 1)
+                patch.setattr(execute, "LEAST_BYTES", 64)
+            set_seed(0)
+            callback = SlothCallback()
+            trainer = make(folders["llama"], tmp_path, callback, gradient_checkpointing=True)
+            trainer.train()
+        record = callback.acceleration.report.checkpointing
+        assert ("1 keep, 1 offload of 2 layers" in record["chosen"]) == planned, record
+        assert ("gives way to the plan" in record["reason"]) == planned
+        found.append(losses(trainer))
+    assert found[0] == found[1] and len(found[0]) == STEPS
 
 
 def test_undo_leaves_trls_own_patch(folders: dict[str, str], tmp_path: Path) -> None:

@@ -795,6 +795,33 @@ def test_without_a_budget_what_the_gpu_has_is_planned_for(
     assert all(layer.gradient_checkpointing == theirs for layer in layers)
 
 
+def test_without_a_budget_a_plan_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is no transformers model, and a fault while planning."""
+    monkeypatch.setattr(execute, "usable_bytes", lambda device: 2**40)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sloth: .*budget")
+        with sloth.accelerate(net) as acceleration:
+            net(torch.randn(2, 4)).sum().backward()
+            assert acceleration.report.checkpointing["chosen"] == "left to the trainer"
+    model = llama(4)
+    with sloth.accelerate(model, disable=PLAIN, checkpointing="off"):
+        want = step(model, ids())
+
+    def fault(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a fault")
+
+    with sloth.accelerate(model, disable=PLAIN) as acceleration:
+        monkeypatch.setattr(execute, "plan", fault)
+        with pytest.warns(
+            UserWarning, match="sloth: checkpointing is left to the trainer: ZeroDivisionError"
+        ):
+            same(step(model, ids()), want)
+        same(step(model, ids()), want)
+        record = acceleration.report.checkpointing
+        assert record["chosen"] == "left to the trainer" and "a fault" in record["note"]
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_sharded_parameters_are_not_planned_without_a_budget(
     early: bool, monkeypatch: pytest.MonkeyPatch
