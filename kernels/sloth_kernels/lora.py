@@ -825,7 +825,6 @@ class _LoraMLP(torch.autograd.Function):
         last: _Group,
         activation: str,
         output: bool,
-        lean: bool,
         *tensors: torch.Tensor | None,
     ) -> Any:
         rows = as_matrix(x)
@@ -838,7 +837,7 @@ class _LoraMLP(torch.autograd.Function):
         else:
             y = x.new_zeros(rows.shape[0], last.n)
             p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, None, first.fused)
-        ctx.first, ctx.last, ctx.activation, ctx.lean = first, last, activation, lean
+        ctx.first, ctx.last, ctx.activation = first, last, activation
         ctx.save_for_backward(x, p, gate, up, p_last, seeds, last_seeds, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -849,14 +848,13 @@ class _LoraMLP(torch.autograd.Function):
         if wants_graph():
             reference = functools.partial(_flat_mlp_reference, first, last, seeds, last_seeds, ctx.activation)
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
-            return dx, *[None] * 5, *rest
+            return dx, *[None] * 4, *rest
         saved = [_Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)]
         needs = ctx.needs_input_grad
         dx, found = _mlp_gradients(
-            *(first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[6:]),
-            lean=ctx.lean,
+            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[5:]
         )
-        return None if dx is None else dx.view(x.shape), *[None] * 5, *found
+        return None if dx is None else dx.view(x.shape), *[None] * 4, *found
 
 
 class _LoraMLPAgain(torch.autograd.Function):
@@ -884,7 +882,6 @@ class _LoraMLPAgain(torch.autograd.Function):
         parts = rows.split(tile)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
-        ctx.lean = len(parts) == 1
         if not output:
             seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
@@ -929,7 +926,7 @@ class _LoraMLPAgain(torch.autograd.Function):
             return dx, *[None] * 6, *rest
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         several = len(parts) > 1
-        buffers = None if ctx.lean else (_buffers(first, rows, ours), _buffers(last, rows, theirs))
+        buffers = (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else None
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
@@ -946,7 +943,7 @@ class _LoraMLPAgain(torch.autograd.Function):
                 needs[7:],
                 buffers,
                 torch.float32 if several else None,
-                ctx.lean,
+                lean=not several,
             )
             if dx is not None:
                 dxs.append(dx)
@@ -1116,7 +1113,7 @@ def lora_mlp(
             and a residual addition is run again: what only the output needs is left out, and it is zeros.
             Gradients are the same bits.
         repeated: True where this call, or the one that it repeats, is made again before the backward: with
-            a tile even less is kept, and without one the backward holds less at a time.
+            a tile even less is kept.
 
     Returns:
         (..., N) in x.dtype.
@@ -1141,7 +1138,7 @@ def lora_mlp(
     first, last, tensors, _ = _known(x, (gate, up, down), fused, make)
     result: torch.Tensor
     if tile is None:
-        result = _LoraMLP.apply(x, first, last, activation, output, repeated or not output, *tensors)
+        result = _LoraMLP.apply(x, first, last, activation, output, *tensors)
     else:
         result = _LoraMLPAgain.apply(
             x, first, last, activation, tile, output, repeated or not output, *tensors

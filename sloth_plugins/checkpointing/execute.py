@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 LEAST_BYTES = 2**20
 # Without a budget, how much of the GPU's memory a plan may fill: there are allocations that no plan knows of.
 OF_FREE = 0.85
+# What a plan that keeps all chooses from.
+KEEP_ALL: dict[str, Any] = {"allow": ("keep",), "tiles": (1,), "norms": (False,), "mlps": (False,)}
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
 NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
 OTHER_BITS = (
@@ -803,7 +805,8 @@ class Automatic:
                 if self.given is not None:
                     raise
                 known = isinstance(error, BadInputError)
-                self.left, self.record["note"] = True, str(error) if known else f"no plan: {error!r}"
+                self.plan, self.left = None, True
+                self.record["note"] = str(error) if known else f"no plan: {error!r}"
                 self.record["chosen"] = "left to the trainer"
                 self.running.stop()
                 if not known:
@@ -820,30 +823,22 @@ class Automatic:
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
         facts = self.facts
-        if self.given is None:
+        if self.given is None and not self.record["plans"]:
             if (model := self.model()) is not None:
                 refuse_sharded(model)  # trainers shard after they have called accelerate()
-            if not self.record["plans"]:
-                self.budget = usable_bytes(self.device) or 0
+            self.budget = usable_bytes(self.device) or 0
         if self.device.type == "cuda" and not self.record["plans"]:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
         if self.given is None:
-            with suppress(BadInputError):  # no need to measure anything
-                known = rates_for(
-                    torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-                )
-                roomy = plan(
-                    facts,
-                    shape,
-                    self.budget,
-                    known,
-                    allow=("keep",),
-                    tiles=(1,),
-                    norms=(False,),
-                    mlps=(False,),
-                )
-                return self._use(roomy)
+            gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+            try:  # no need to measure anything
+                roomy = plan(facts, shape, self.budget, rates_for(gpu), **KEEP_ALL)
+            except BadInputError:
+                pass
+            else:
+                self._use(roomy)
+                return
         rates = self.rates
         try:
             chosen = plan(facts, shape, self.budget, rates, **self.ways)

@@ -559,9 +559,7 @@ def _search(
         fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
         if budget is not None:
             fits = fits & (peak + margin <= budget)
-        work_s = (
-            again + copied.double() / to_host
-        )  # what hides behind the host's launches is work all the same
+        work_s = again + copied.double() / to_host  # also what hides behind the host's launches
         time_s = ((again + stall) * 1e12).round() / 1e12  # equal ones are equal in the last bits, too
         wanted = (time_s, work_s) if budget is not None else (peak + margin, time_s)
         figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
