@@ -92,15 +92,22 @@ def run_op(op: Callable[..., Any], implementation: Callable[..., Any], *args: An
     return implementation(*args)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    repeatable: bool = True,
+    **constants: Any,
+) -> None:
     """`kernel[grid](*args, num_warps=..., **constants)`, without Triton's binding from the second call on.
 
     That binding costs more than a small model's kernel. A compiled kernel is found by all that Triton
     specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
     kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
-    otherwise, and where Triton's interface has changed, the ordinary way stays. For kernels that read nothing
-    they write, since that one launch is repeated. The short way does not call Triton's launch hooks, which
-    its own profiler uses.
+    otherwise, and where Triton's interface has changed, the ordinary way stays. That launch must read nothing
+    it writes: one that does, as in place, is not `repeatable` and leaves the proof to others of its kernel.
+    The short way does not call Triton's launch hooks, which its own profiler uses.
 
     Tensors (or None) come first among the arguments, then scalars; the first says on which device.
     """
@@ -115,7 +122,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     device = tensors[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            launch(kernel, grid, *args, num_warps=num_warps, **constants)
+            launch(kernel, grid, *args, num_warps=num_warps, repeatable=repeatable, **constants)
         return
     try:
         pointers: list[Any] = [*map(_POINTER, tensors)]
@@ -139,7 +146,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
         run(x, y, z, stream, function, metadata, None, None, None, *pointers, *scalars, *tail)
         return
     compiled = kernel[grid](*args, num_warps=num_warps, **constants)
-    if identity in _NO_SHORT_WAY:
+    if identity in _NO_SHORT_WAY or not (repeatable or identity in _SHORT_WAY):
         return
     try:
         tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])

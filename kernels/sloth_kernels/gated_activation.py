@@ -157,7 +157,9 @@ def _block(width: int) -> int:
     return min((4096, 2048, 1024), key=lambda b: (max(-(-width // b) * b, 1.05 * width), -b))
 
 
-def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str, **constants: bool) -> None:
+def _launch(
+    kernel: Any, tensors: list[torch.Tensor], activation: str, *, repeatable: bool = True, **constants: bool
+) -> None:
     """Tensors of one shape (..., N): one long row where all are contiguous, else rows a stride apart."""
     light = kernel is _forward_kernel and activation != "gelu"
     per_thread = LIGHT_FORWARD_ELEMENTS_PER_THREAD if light else ELEMENTS_PER_THREAD
@@ -186,6 +188,7 @@ def _launch(kernel: Any, tensors: list[torch.Tensor], activation: str, **constan
         BLOCK=block,
         **constants,
         num_warps=max(1, block // (32 * per_thread)),
+        repeatable=repeatable,
     )
 
 
@@ -245,7 +248,10 @@ def gated_activation_bwd_into(
     *,
     fused: bool = True,
 ) -> None:
-    """Both gradients and, computed once more, act(gate) * up; matrices as in `gated_activation_fwd_into`."""
+    """Both gradients and, computed once more, act(gate) * up; matrices as in `gated_activation_fwd_into`.
+
+    dgate may be gate, and dup then up.
+    """
     if not (fused and (out.is_cuda or INTERPRETED)):
         with torch.enable_grad():
             leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
@@ -254,7 +260,8 @@ def gated_activation_bwd_into(
             target.copy_(gradient)
         out.copy_(y.detach())
     elif out.numel():
-        _launch(_backward_kernel, [grad, gate, up, dgate, dup, out], activation, HAS_OUT=True)
+        tensors = [grad, gate, up, dgate, dup, out]
+        _launch(_backward_kernel, tensors, activation, repeatable=dgate is not gate, HAS_OUT=True)
 
 
 def gated_activation_packed_fwd(gate_up: torch.Tensor, activation: str) -> torch.Tensor:

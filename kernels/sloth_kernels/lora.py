@@ -415,8 +415,10 @@ def _group_forward(
     extended_x: torch.Tensor | None = None,
     buffers: _Buffers | None = None,
     ahead: _Ahead | None = None,
+    into: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """([y_i], P); `together` puts the outputs of an extended group into one buffer. x: (T, K).
+    """([y_i], P); `together` puts the outputs of an extended group without biases into one buffer, the first
+    columns of `into` if it is given. x: (T, K).
 
     extended_x: (T, row) whose first K columns are x already. ahead: to expand during a joint matmul.
     """
@@ -436,7 +438,8 @@ def _group_forward(
         if together and not any(bias is not None for bias in biases):
             if ahead is not None:
                 ahead.before()
-            y = left @ buffers.joint[: group.n, :width].t()
+            right = buffers.joint[: group.n, :width].t()
+            y = left @ right if into is None else torch.mm(left, right, out=into[:, : group.n])
             if ahead is not None:
                 ahead.after()
             return [y[:, slot.start : slot.start + slot.width] for slot in group.slots], p
@@ -745,15 +748,17 @@ def _mlp_gradients(
     needs: Sequence[bool],
     buffers: tuple[_Buffers, _Buffers] | None = None,
     dtype: torch.dtype | None = None,
-    lean: bool = False,
+    joint: torch.Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """(dx, the gradients of `tensors`); saved: one, which is taken out, so that gate and up go when they are
     done with; buffers: of both groups, else they are expanded here; dtype: of the gradients of `tensors`,
-    where it is not their own; lean: expand each group when it is wanted, not ahead."""
+    where it is not their own; in_place: nobody else has gate and up, so their gradients take their place
+    (joint: where they lie side by side), and each group is expanded when it is wanted, not ahead."""
     x, p, gate, up, p_last, seeds, last_seeds = saved.pop()
     step = TENSORS_A_PROJECTION
     ours, theirs = tensors[:-step], tensors[-step:]
-    ahead = _Ahead(first, x, ours) if buffers is None and not lean else None
+    ahead = None if in_place else _Ahead(first, x, ours)
     tail = _input_gradient(
         *(last, last_seeds, x.shape[0], x, theirs, [grad]),
         needs_x=True,
@@ -765,12 +770,14 @@ def _mlp_gradients(
     if masks is None:
         tail = tail._replace(rows=None)  # a part of down's expanded weight, which goes with it
     assert tail.dx is not None
-    joint = _gradient_buffer(first, x.shape[0], x) if first.extended else None
     width = gate.shape[1]
-    if joint is None:
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    else:
+    if in_place and (joint is not None or not first.extended):
+        dgate, dup = gate, up
+    elif first.extended:
+        joint = _gradient_buffer(first, x.shape[0], x)
         dgate, dup = joint[:, :width], joint[:, width : 2 * width]
+    else:
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     of_rank = [tensors[i] for i in (2 * step, 1, step + 1)]  # A of down, B of gate, B of up
     dtypes = {dtype or t.dtype for t in of_rank if t is not None}
     low = [
@@ -929,9 +936,14 @@ class _LoraMLPAgain(torch.autograd.Function):
         buffers = (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else None
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
+        # A group with biases writes its outputs one by one.
+        biased = any(t is not None for i in (2, 3) for t in ours[i::TENSORS_A_PROJECTION])
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
             of_first, of_last = buffers or (None, None)
-            (gate, up), p = _group_forward(first, pair[0], part, ours, together=True, buffers=of_first)
+            joint = _gradient_buffer(first, len(part), part) if first.extended and not biased else None
+            (gate, up), p = _group_forward(
+                first, pair[0], part, ours, together=True, buffers=of_first, into=joint
+            )
             if p_last is None:
                 rows_last = None if of_last is None else of_last.rows
                 p_last = _down_low_rank(last, pair[1], gate, up, activation, theirs, rows_last, first.fused)
@@ -943,8 +955,10 @@ class _LoraMLPAgain(torch.autograd.Function):
                 needs[7:],
                 buffers,
                 torch.float32 if several else None,
-                lean=not several,
+                joint,
+                in_place=True,
             )
+            del joint
             if dx is not None:
                 dxs.append(dx)
             if all(t is None for t in total):

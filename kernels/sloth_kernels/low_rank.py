@@ -716,7 +716,7 @@ def activated_tall(
 
         [q.T @ D(y) (R, N), dgate.T @ p[0] (N, R'), dup.T @ p[1] (N, R'')]
 
-    with None where q or p is None.
+    with None where q or p is None. dgate may be gate, and dup then up.
 
     grad, gate, up, dgate, dup: (T, N); q: (T, R); p: (T, R') and (T, R''), slices of one buffer.
     dropout: grad is the gradient without the way through the adapter; D(q @ w), w (R, N), is added here.
@@ -798,6 +798,7 @@ def activated_tall(
         BLOCK_R=_columns(max(ranks)),
         num_warps=warps,
         num_stages=stages,
+        repeatable=dgate is not gate,
     )
     q_part, gate_part, up_part = flat.split(sizes)
     return [

@@ -331,7 +331,8 @@ class ModelFacts:
             gradients = t * (inside + outside) * wide
         else:
             tile = -(-t // mlp_tiles)
-            gradients = tile * inside * wide + t * (outside + h) * wide
+            in_place = 2 * i if self.fused_mlp else 0  # gate's and up's, in what is saved
+            gradients = tile * (inside - in_place) * wide + t * (outside + h) * wide
             gradients += -(-self.mlp_bytes(shape) // mlp_tiles)
         if not self.four_bit:
             expanded = 0
@@ -345,8 +346,8 @@ class ModelFacts:
 
     def lean_bytes(self, shape: Shape) -> int:
         """What a layer whose MLP is made again in one piece takes less in its backward than all of its saved
-        tensors and `workspace_bytes`: gate and up are made when their gradients are, and each of the MLP's
-        weights is expanded when it is wanted."""
+        tensors and `workspace_bytes`: gate and up are made when their gradients are, which take their place,
+        and each of the MLP's weights is expanded when it is wanted."""
         if not self.fused_mlp:
             return 0
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
@@ -355,7 +356,7 @@ class ModelFacts:
         if not self.four_bit:
             first = last = 0
         hidden, joint, made = t * i * e, t * (2 * i + ROW) * e, self.mlp_bytes(shape)
-        stages = made + first, made + hidden + last, made + hidden + joint, joint + first
+        stages = made + first, made + hidden + last, joint + first
         return made + first + last + hidden + joint - max(stages)
 
     def head_bytes(self, shape: Shape) -> int:

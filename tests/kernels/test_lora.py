@@ -209,10 +209,14 @@ def with_dropout(case: Case, tensors: dict[str, Any], rate: float) -> list[Proje
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "mixed"])
 @pytest.mark.parametrize(("fused", "dtype"), WAYS)
-@pytest.mark.parametrize("own", [None, torch.float32], ids=["", "float32 adapters"])
-def test_an_mlp_in_tiles(own, fused, dtype, base, device):
+@pytest.mark.parametrize(
+    ("own", "bias"),
+    [(None, True), (None, False), (torch.float32, True)],
+    ids=["biases", "", "float32 adapters and biases"],
+)
+def test_an_mlp_in_tiles(own, bias, fused, dtype, base, device):
     """Tiles of 12 and of the 9 that are left, each with masks of its own."""
-    case = Case(device, dtype, base=base, ranks=(8, 4, 16), adapter_dtype=own, bias=True, **MLP)
+    case = Case(device, dtype, base=base, ranks=(8, 4, 16), adapter_dtype=own, bias=bias, **MLP)
 
     def tiled(x, **tensors):
         torch.manual_seed(5)
@@ -232,10 +236,17 @@ def test_an_mlp_in_tiles(own, fused, dtype, base, device):
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("low_bias", [True, False], ids=["biases", ""])
 @pytest.mark.parametrize("ranks", [(8, 4, 16), (0, 5, 0)], ids=str)
-def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, fused, base, device):
-    case = Case(device, torch.float32, base=base, ranks=ranks, low_bias=True, **MLP)
-    results, kept = [], []
+def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, low_bias, fused, base, device, monkeypatch):
+    case = Case(device, torch.float32, base=base, ranks=ranks, low_bias=low_bias, **MLP)
+    results, kept, in_place, activated = [], [], [], op.activated_tall
+
+    def watched(dgate, dup, grad, gate, up, *others, **options):
+        in_place.append(all(a.data_ptr() == b.data_ptr() for a, b in ((dgate, gate), (dup, up))))
+        return activated(dgate, dup, grad, gate, up, *others, **options)
+
+    monkeypatch.setattr(op, "activated_tall", watched)
     for tile in (None, 33, 40):
         leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
         torch.manual_seed(5)
@@ -256,6 +267,10 @@ def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, fused, base, device)
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     adapters = sum(t is not None and t.shape[-1] == 128 for t in case.inputs.values())
     assert kept == [adapters + 2, adapters, adapters]
+    # Gradients of gate and up take their place where nobody else has them; biases keep those of a joint
+    # 4-bit group apart.
+    again = not (base == "nf4" and fused and low_bias)
+    assert in_place == [False, False, again, again, again, again]
 
 
 def test_second_derivatives_of_an_mlp_in_tiles(device):
