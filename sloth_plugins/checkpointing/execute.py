@@ -97,9 +97,12 @@ def recompute_all(
     for index, layer in enumerate(layers):
         last = index == len(layers) - 1
         option = "recompute_offload" if offload and not last else "recompute"
+        behind = offload and last and index > 0
         mlp = mlp_of(layer, facts) if facts is not None else None
         inner = None if mlp is None else weakref.ref(mlp)
-        ours = _Ours(option, mover, weakref.ref(layer), inner, drains=offload and last)
+        ours = _Ours(
+            option, mover, weakref.ref(layer), inner, in_flight=0 if behind else IN_FLIGHT, starts=behind
+        )
         given.append((weakref.ref(layer), layer._gradient_checkpointing_func, ours))
         layer._gradient_checkpointing_func = ours
 
@@ -182,16 +185,20 @@ class Running:
         self._notice()
         self._wanted = []
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
+        last = chosen.last_offloaded
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
             again = tile or chosen.mlps_again or option.startswith("recompute")
             mlp = mlp_of(layer, chosen.facts) if again else None
             if option == "recompute_mlp" and mlp is None:
                 option = "recompute"
-            drains = index == chosen.drained_at and any("offload" in name for name in chosen.layers)
+            in_flight, starts = chosen.in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, drains, norms)
-            on = option != "keep" or drains or mlp is not None or norms is not None
+            function = _Ours(
+                option, self._offload, weakref.ref(layer), inner, tile, norms, in_flight, starts
+            )
+            waits = starts or in_flight < IN_FLIGHT
+            on = option != "keep" or waits or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
 
@@ -238,7 +245,11 @@ class Running:
 
 
 class _Ours:
-    """A layer's `_gradient_checkpointing_func`: called with the layer's forward (its keywords bound)."""
+    """A layer's `_gradient_checkpointing_func`: called with the layer's forward (its keywords bound).
+
+    in_flight: of how many layers before it the copies may be under way when it begins. starts: whether the
+    copy back of what the layer before it has offloaded starts with its own backward.
+    """
 
     def __init__(
         self,
@@ -247,22 +258,30 @@ class _Ours:
         layer: weakref.ref[Any],
         mlp: weakref.ref[nn.Module] | None,
         tile: int | None = None,
-        drains: bool = False,
         norms: _Norms | None = None,
+        in_flight: int = IN_FLIGHT,
+        starts: bool = False,
     ) -> None:
         self.option, self.offload, self.layer, self.mlp = option, offload, layer, mlp
-        self.tile, self.drains, self.norms = tile, drains, norms
+        self.tile, self.norms, self.in_flight, self.starts = tile, norms, in_flight, starts
 
     def __reduce__(self) -> Any:
         # A copy of the model, or one from a file, has other layers: they recompute as transformers would.
         return functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self.drains:
-            self.offload.drain()
-        option, layer = self.option, self.layer()
+        if self.in_flight < IN_FLIGHT:
+            self.offload.drain(self.in_flight)
+        layer = self.layer()
         if layer is None or not torch.is_grad_enabled():
             return function(*args)
+        result = self._call(layer, function, *args)
+        if self.starts:
+            self.offload.start_with(result)
+        return result
+
+    def _call(self, layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+        option = self.option
         mlp = self.mlp() if self.mlp is not None else None
         run = function if mlp is None else functools.partial(_with_mlp_again, mlp, self.tile, function)
         if option in ("keep", "recompute_mlp"):
@@ -427,6 +446,8 @@ class _Entry:
         self.users = self.left = 0
         self.back: torch.Tensor | None = None
         self.arrived: Any = None
+        self.stream: Any = None
+        """Where `back` was allocated, and will be freed."""
         self.host = _host_memory(source.numel(), source.is_cuda)
         if side is None:
             self.host.copy_(source)
@@ -434,20 +455,6 @@ class _Entry:
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             self.host.copy_(source, non_blocking=True)
-
-    def fetch(self, side: Any) -> None:
-        """Start the way back, once."""
-        if self.back is not None:
-            return
-        if side is None:
-            self.back = self.host.clone()
-            return
-        self.back = torch.empty(self.host.numel(), dtype=torch.uint8, device=self.device)
-        self.back.record_stream(side)  # it may be dropped, unused, while the copy runs
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self.back.copy_(self.host, non_blocking=True)
-            self.arrived = side.record_event()
 
     def take(self) -> torch.Tensor:
         """The bytes on the device; with the last of its users they are dropped here."""
@@ -459,6 +466,12 @@ class _Entry:
         if self.left <= 0:
             self.left, self.back, self.arrived = self.users, None, None
         return found
+
+    def __del__(self) -> None:
+        if self.back is not None and self.arrived is not None:
+            # Dropped unused: nobody gets this memory before it is filled. record_stream() would do, but hold
+            # it until later copies have run as well, also where it was used.
+            self.stream.wait_event(self.arrived)
 
 
 class _Block:
@@ -501,33 +514,72 @@ class _Offload:
         self._leaving: deque[_Block] = deque()
         self._last: weakref.ref[_Block] | None = None
         self._sides: dict[torch.device, Any] = {}
+        self._parameters: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 
-    def drain(self) -> None:
-        """Free the device of what has left it, waiting for the copies."""
-        while self._leaving:
+    def drain(self, left: int = 0) -> None:
+        """Free the device of what leaves it, waiting for the copies, but for those of the last `left`
+        layers."""
+        while len(self._leaving) > left:
             self._leaving.popleft().release()
+
+    def start_with(self, result: Any) -> None:
+        """Let the copy back of the last block start when the backward reaches `result`."""
+        block = self._last() if self._last is not None else None
+        first = next((t for t in _tensors(result) if t.requires_grad), None)
+        if block is not None and first is not None:
+            first.register_hook(functools.partial(self._start, weakref.ref(block)))  # type: ignore[no-untyped-call]
+
+    def _start(self, ref: weakref.ref[_Block], grad: torch.Tensor) -> None:
+        block = ref()
+        if block is not None and not block.wanted:
+            self._fetch(block.entries.values())
+
+    def _fetch(self, entries: Iterable[_Entry]) -> None:
+        """Start the way back of those that aren't back or on their way."""
+        missing = [entry for entry in entries if entry.back is None]
+        for device in dict.fromkeys(entry.device for entry in missing):
+            side, own = self._side(device), [entry for entry in missing if entry.device == device]
+            if side is None:
+                for entry in own:
+                    entry.back = entry.host.clone()
+                continue
+            stream = torch.cuda.current_stream(device)
+            for entry in own:
+                entry.back = torch.empty(entry.host.numel(), dtype=torch.uint8, device=device)
+                entry.stream = stream
+            side.wait_stream(stream)
+            with torch.cuda.stream(side):
+                for entry in own:
+                    assert entry.back is not None
+                    entry.back.copy_(entry.host, non_blocking=True)
+                    entry.arrived = side.record_event()
+
+    def _weights(self, layer: nn.Module) -> Iterator[torch.Tensor]:
+        """The layer's parameters. Its modules are looked for once, since that takes longer than all else
+        here; what is added to them later would be copied like activations."""
+        held = self._parameters.get(layer)
+        if held is None:
+            held = self._parameters[layer] = [m._parameters for m in layer.modules() if m._parameters]
+        return (p for parameters in held for p in parameters.values() if p is not None)
 
     @contextmanager
     def layer(self, layer: nn.Module, keywords: dict[str, Any]) -> Iterator[None]:
         """What is saved inside goes to the host, but for weights, and for the layer's keyword arguments,
         which other layers share."""
-        while len(self._leaving) >= IN_FLIGHT:
-            self._leaving.popleft().release()
-        stays = {t.untyped_storage().data_ptr() for t in layer.parameters()}
+        self.drain(IN_FLIGHT - 1)
+        stays = {t.untyped_storage().data_ptr() for t in self._weights(layer)}
         stays |= {t.untyped_storage().data_ptr() for t in _tensors(keywords)}
         block = _Block(self._last() if self._last is not None else None)
         device: list[torch.device] = []
 
         # None of these calls itself: in such a cycle host memory would wait for Python's collector.
         def leave(tensor: torch.Tensor) -> Any:
-            storage = tensor.untyped_storage()
-            if (
-                type(tensor) is not torch.Tensor
-                or tensor.device.type not in ("cpu", "cuda")
-                or tensor.layout != torch.strided
-                or storage.nbytes() < LEAST_BYTES
-                or storage.data_ptr() in stays
-            ):
+            # Many are parameters, so the cheapest question comes first.
+            if type(tensor) is not torch.Tensor or not (tensor.is_cuda or tensor.is_cpu):
+                return tensor
+            if tensor.layout != torch.strided or (storage := tensor.untyped_storage()).nbytes() < LEAST_BYTES:
+                return tensor
+            if storage.data_ptr() in stays:
                 return tensor
             device.append(tensor.device)
             key = (storage.data_ptr(), storage.nbytes(), tensor._version)
@@ -551,14 +603,11 @@ class _Offload:
             if not isinstance(saved, _View):
                 return saved  # type: ignore[no-any-return]
             entry, block = saved.entry, saved.block
-            side = self._side(entry.device)
             if not block.wanted:  # its first tensor: all of it comes now, and the block before it next
                 earlier = None if block.before is None else block.before()
                 block.wanted = True
-                for other in (*block.entries.values(), *(earlier.entries.values() if earlier else ())):
-                    if other.left == other.users:
-                        other.fetch(side)
-            entry.fetch(side)
+                self._fetch((*block.entries.values(), *(earlier.entries.values() if earlier else ())))
+            self._fetch((entry,))
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()
             return out.set_(storage, saved.offset, saved.size, saved.stride)

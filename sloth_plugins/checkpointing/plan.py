@@ -21,10 +21,10 @@ others, so that each copy has several layers' time; recomputed ones come first.
 
 The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
 bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
-time is added, and so is the first copy back, which starts when it is wanted. Where the host takes longer to
-launch a pass than the device to run it (many tiles, a slow processor), that is added instead if it is more.
-The model of memory counts two
-offloaded layers under way and one layer being recomputed, less what the backward has freed before.
+time is added, and so is what the first copy back takes longer than the backward of the layer behind it, with
+which it starts. Where the host takes longer to launch a pass than the device to run it (many tiles, a slow
+processor), that is added instead if it is more. The model of memory counts two offloaded layers under way and
+one layer being recomputed, less what the backward has freed before.
 """
 
 from __future__ import annotations
@@ -229,10 +229,17 @@ class CheckpointPlan:
         return install(model, self)
 
     @property
-    def drained_at(self) -> int:
-        """The layer before whose forward everything that is offloaded has left the device."""
-        last = max((i for i, name in enumerate(self.layers) if "offload" in name), default=-1)
-        return len(self.layers) - max(1, min(IN_FLIGHT, len(self.layers) - 1 - last))
+    def last_offloaded(self) -> int | None:
+        """The last layer of which anything is offloaded."""
+        return max((i for i, name in enumerate(self.layers) if "offload" in name), default=None)
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """Of how many layers the copies to the host may be under way when each layer's forward begins: as
+        many as layers are behind it, once none of these is offloaded."""
+        end = len(self.layers) - 1
+        last = end if self.last_offloaded is None else min(self.last_offloaded, end - 1)
+        return tuple(IN_FLIGHT if i <= last else min(IN_FLIGHT, end - i) for i in range(end + 1))
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
@@ -270,13 +277,14 @@ class CheckpointPlan:
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
         for index, name in enumerate(self.layers):
-            before = [size for size in leaving[:index] if size][-IN_FLIGHT + (leaving[index] > 0) :]
-            rows.append((f"forward {index}", held + full + (sum(before) if index < self.drained_at else 0)))
+            under_way = min(self.in_flight[index], IN_FLIGHT - (leaving[index] > 0))
+            before = [size for size in leaving[:index] if size][::-1][:under_way]
+            rows.append((f"forward {index}", held + full + sum(before)))
             held += options[name].kept_bytes
         rows.append(("head", held + facts.head_bytes(shape)))
         done, begun = 0, False
         for index in range(len(self.layers) - 1, -1, -1):
-            begun = begun or leaving[index] > 0
+            begun = begun or leaving[index] > 0 or index - 1 == self.last_offloaded
             coming = next((size for size in reversed(leaving[:index]) if size), 0) if begun else 0
             option = options[self.layers[index]]
             held -= option.kept_bytes
@@ -505,11 +513,14 @@ def _search(
         under_way = offloaded.clamp(max=IN_FLIGHT) * full + inputs.clamp(max=IN_FLIGHT) * boundary
         gap = layers - (offloaded > 0).long() - (offloaded - 1) * layers // offloaded.clamp(min=1)
         gap = torch.where(offloaded > 0, gap, layers)
-        # At the last offloaded layer those behind it are free; at the first recomputed one all that are
-        # kept; at the first layer, the last of the backward, the gradients are there.
+        # At the last offloaded layer those behind it are free, and all but one when it begins to come; at
+        # the first recomputed one all that are kept; at the first layer, the last of the backward, the
+        # gradients are there.
+        coming = torch.where(offloaded > 0, full, boundary * (inputs > 0))
         extra = (under_way - rest.minimum(gap) * full).maximum(
             (passing > 0) * (passing + under_way - rest * full)
         )
+        extra = extra.maximum((rest > 0) * (coming - (rest - 1) * full))
         layer = work + held + extra.clamp(min=0)
         own = passing + under_way
         again_first = (of_layer > 0) & (offloaded == 0)  # else the first layer has all of its tensors then
@@ -546,11 +557,12 @@ def _search(
         offloaded, of_mlp, of_layer, _, again = own
         peak, margin = memory(own, inputs)
         copied = offloaded * full + inputs * boundary
-        first = torch.where(offloaded > 0, full, boundary * (inputs > 0))
+        first = torch.where(offloaded > 0, full, boundary * (inputs > 0)).double() / from_host
+        first -= (inputs < layers).double() * (cost.backward_s + cost.tiled_s)
         stall = (
             (copied.double() / to_host - layers * cost.forward_s * beside).clamp(min=0)
             + (copied.double() / from_host - (layers * cost.backward_s + again) * beside).clamp(min=0)
-            + first.double() / from_host
+            + first.clamp(min=0)
         )
         launches = layers * cost.host_backward_s + of_layer.double() * cost.host_again_s
         waits = waits_forward + (launches - layers * cost.backward_s - again).clamp(min=0)

@@ -139,7 +139,9 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         under_way = min(2, offloaded) * full + min(2, inputs) * boundary
         gap = n - 1 - (offloaded - 1) * n // offloaded if offloaded else n
         late = passing + under_way - rest * full if passing else 0
-        extra = max(0, under_way - min(rest, gap) * full, late)
+        coming = full if offloaded else boundary if inputs else 0
+        begins = coming - (rest - 1) * full if rest else 0
+        extra = max(0, under_way - min(rest, gap) * full, late, begins)
         above = max(work + held + extra, held + head)
         own = passing + under_way
         if (whole or inputs) and not offloaded:
@@ -155,7 +157,8 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         beside = (n - 1) / n
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
         late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
-        late += (full if offloaded else boundary if inputs else 0) / rates.from_host_gb_s / 1e9
+        behind = cost.backward_s + cost.tiled_s if inputs < n else 0
+        late += max(0.0, coming / rates.from_host_gb_s / 1e9 - behind)
         launches = n * cost.host_backward_s + (whole + inputs) * cost.host_again_s
         waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
         waits += max(0.0, launches - n * cost.backward_s - again)
@@ -297,11 +300,13 @@ def test_126_layers_in_a_second() -> None:
     )  # fmt: skip
     shape = Shape(batch=1, seq=4096)
     least = smallest_budget_bytes(facts, shape, H200)
-    times = []
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # others would wait for each other where the machine of the tests is busy
     for more in (1.0, 1.05, 1.2):
-        start = time.process_time()  # the machine of the tests may be busy
+        start = time.process_time()
         plan(facts, shape, int(least * more), H200)
         times.append(time.process_time() - start)
+    torch.set_num_threads(threads)
     assert min(times) < 1.0 and max(times) < 3.0
 
 

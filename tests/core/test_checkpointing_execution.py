@@ -603,25 +603,37 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
     monkeypatch.setattr(
         execute._Block, "__init__", lambda self, *a: (blocks.append(weakref.ref(self)), made(self, *a))[1]
     )
-    loss = model(input_ids=ids(), labels=ids()).loss
-    owner = {id(e): i for i, ref in enumerate(blocks) for e in ref().entries.values()}
+    owner: dict[int, int] = {}
     events: list[tuple[str, int]] = []
-    fetch, take = execute._Entry.fetch, execute._Entry.take
+    began: list[int] = []
+    start = execute._Offload._start
 
-    def fetched(self: Any, side: Any) -> None:
-        if self.back is None:
-            events.append(("fetch", owner[id(self)]))
-        fetch(self, side)
+    def started(self: Any, ref: Any, grad: Any) -> None:
+        assert not events
+        start(self, ref, grad)
+        began.extend({owner[id(e)] for e in ref().entries.values() if e.back is not None})
+
+    monkeypatch.setattr(execute._Offload, "_start", started)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    owner |= {id(e): i for i, ref in enumerate(blocks) for e in ref().entries.values()}
+    fetch, take = execute._Offload._fetch, execute._Entry.take
+
+    def fetched(self: Any, entries: Any) -> None:
+        entries = list(entries)
+        events.extend(("fetch", owner[id(entry)]) for entry in entries if entry.back is None)
+        fetch(self, entries)
 
     def taken(self: Any) -> torch.Tensor:
         events.append(("take", owner[id(self)]))
         return take(self)
 
-    monkeypatch.setattr(execute._Entry, "fetch", fetched)
+    monkeypatch.setattr(execute._Offload, "_fetch", fetched)
     monkeypatch.setattr(execute._Entry, "take", taken)
     loss.backward()
     order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
+    # The last one's with the backward of the layer behind it, which has nothing to wait for itself.
     assert order[:3] == [("fetch", 2), ("fetch", 1), ("take", 2)]
+    assert began == [2]
     assert order.index(("fetch", 0)) == order.index(("take", 1)) - 1  # with the first of layer 1's
     assert not any(event[0] == "fetch" for event in order[order.index(("take", 1)) + 1 :])
     undo()
