@@ -75,6 +75,8 @@ ROW_MULTIPLE = 128
 # The tiles that cuBLAS takes for large matmuls, and rows that hide reading the weight behind computing.
 TILE_ROWS, TILE_COLUMNS = 128, 256
 FEWEST_ROWS = 1024
+# From how many times the tiles of a gradient of hidden states its sum over the vocabulary is shared out.
+LEAST_SHARES = 4
 # For sums of dW in 16 bits, see above: c1 + c2 + ... + 1, and the share of the tokens computed again.
 MOST_ROUNDINGS = 2.2
 MOST_AGAIN = 0.3
@@ -444,22 +446,39 @@ def most_rows(row_bytes: int, beside_bytes: int, device: torch.device) -> int:
     return max(1, most_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def chunk_rows(tokens: int, most: int, width: int = 0, processors: int = 0) -> int:
+def chunk_rows(tokens: int, most: int, width: int = 0, processors: int = 0, v: int = 0) -> int:
     """Rows of a chunk: a multiple of ROW_MULTIPLE, as few chunks as may be, all about as long.
 
     With the width of the hidden states and a GPU's multiprocessors: the rows for which the gradient of the
     hidden states takes the fewest rounds of tiles. It sums over the vocabulary, so each round is long, and
-    one that fills half of the card is half wasted. Of equal ones the shortest from FEWEST_ROWS on.
+    one that fills half of the card is half wasted, unless the sum over all `v` is shared out. Of equal ones
+    the shortest from FEWEST_ROWS on.
     """
     even = _ceil(_ceil(tokens, _ceil(tokens, most)), ROW_MULTIPLE) * ROW_MULTIPLE
     if not processors or tokens <= FEWEST_ROWS or most <= FEWEST_ROWS:
         return even
 
-    def rounds(rows: int) -> int:
-        parts = [rows] * (tokens // rows) + [tokens % rows]
-        return sum(_ceil(_ceil(part, TILE_ROWS) * _ceil(width, TILE_COLUMNS), processors) for part in parts)
+    def of_chunk(rows: int) -> float:
+        return _ceil(_tiles(rows, width), processors) / shares(rows, width, v, processors)
+
+    def rounds(rows: int) -> float:
+        return round(tokens // rows * of_chunk(rows) + (of_chunk(tokens % rows) if tokens % rows else 0), 6)
 
     return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=lambda rows: (rounds(rows), rows))
+
+
+def shares(rows: int, width: int, v: int, processors: int) -> int:
+    """Equal parts of the vocabulary whose products make the gradient of so many hidden states at once.
+
+    As many as fill a GPU of so many multiprocessors with tiles, from LEAST_SHARES on; else 1.
+    """
+    most = processors // _tiles(rows, width)
+    fitting = (n for n in range(most, LEAST_SHARES - 1, -1) if v % (n * COLUMN_MULTIPLE) == 0)
+    return next(fitting, 1) if v else 1
+
+
+def _tiles(rows: int, width: int) -> int:
+    return _ceil(rows, TILE_ROWS) * _ceil(width, TILE_COLUMNS)
 
 
 def _ceil(n: int, by: int) -> int:
@@ -520,6 +539,21 @@ def _product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bo
         for some, others in zip(left.split(size, 1), right.split(size), strict=True):
             torch.addmm(out, some.to(out.dtype), others.to(out.dtype), beta=int(add), out=out)
             add = True
+
+
+def _shared_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, parts: int) -> None:
+    """out = left @ right of 16-bit numbers, with the sum in so many products, added up in float32."""
+    lefts, rights = left.unflatten(1, (parts, -1)).transpose(0, 1), right.unflatten(0, (parts, -1))
+    if out.is_cuda:
+        products = torch.bmm(lefts, rights, out_dtype=torch.float32)
+    else:
+        products = torch.bmm(lefts.float(), rights.float())
+    out.copy_(products.sum(0))
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, else 0."""
+    return multiprocessors(device) if device.type == "cuda" else 0
 
 
 def _logits_into(
@@ -584,8 +618,9 @@ def _pass(
     if narrow:
         beside_bytes += 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
     most = most_rows(row_bytes, beside_bytes, hidden.device)
-    processors = multiprocessors(hidden.device) if hidden.is_cuda else 0
-    count, again, wide = chunk_rows(tokens, most, k, processors), 0, False
+    processors = _processors(hidden.device)
+    shared = v if dtype.itemsize == 2 and OUT_DTYPE else 0
+    count, again, wide = chunk_rows(tokens, most, k, processors, shared), 0, False
     if narrow and exact and dtype == torch.float16:  # see HALF_SHIFT
         wide = True
     elif narrow:
@@ -612,7 +647,10 @@ def _pass(
         if d is None:
             continue
         if dh is not None:
-            _product(dh[start:end], d, dense, False)
+            if (parts := shares(end - start, k, shared, processors)) > 1:
+                _shared_product(dh[start:end], d, dense, parts)
+            else:
+                _product(dh[start:end], d, dense, False)
         if dw is not None and start < summed:
             _product(dw, d.t(), h, start > 0)
         if db is not None:

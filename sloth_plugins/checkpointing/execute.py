@@ -194,9 +194,7 @@ class Running:
             in_flight, starts = chosen.in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
-            function = _Ours(
-                option, self._offload, weakref.ref(layer), inner, tile, norms, in_flight, starts
-            )
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, in_flight, starts)
             waits = starts or in_flight < IN_FLIGHT
             on = option != "keep" or waits or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})

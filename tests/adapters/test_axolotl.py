@@ -163,7 +163,7 @@ def axolotl(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if run.process.poll() is None:
             run.process.kill()
             run.process.wait()
-    # A folder that is made for a whole module outlives it, and here are weights of many runs: the logs are kept.
+    # A folder that is made for a whole module outlives it; of many runs the logs are kept, not the weights.
     for path in made.folder.rglob("*"):
         if path.suffix in {".safetensors", ".pt", ".bin"} and not path.is_symlink():
             path.unlink()

@@ -419,6 +419,23 @@ def test_chunks(fused, dtype, reduction, again, device, short_chunks, monkeypatc
     check(*functions, with_ids(inputs))
 
 
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_sums_that_are_shared_out(fused, dtype, device, monkeypatch):
+    """Of 16-bit gradients of narrow hidden states, in four parts; then a vocabulary that can't be divided."""
+    monkeypatch.setattr(op, "_processors", lambda _: 7)
+    real, parts = op._shared_product, []
+    monkeypatch.setattr(op, "_shared_product", lambda *a: (parts.append(a[3]), real(*a)))
+    inputs = tensors(device, dtype, v=256)
+    check_loss(inputs, fused, softcap=4.0)
+    options = dict(temperature=0.9, entropy=True)
+    functions = run(linear_log_probs, fused=fused, **options), run(linear_log_probs_reference, **options)
+    check(*functions, with_ids(inputs))
+    assert set(parts) == ({4} if dtype != torch.float32 else set())
+    parts.clear()
+    check_loss(tensors(device, dtype, v=257), fused)
+    assert not parts
+
+
 @pytest.mark.parametrize("tokens", [1024, 1536, 2048, 4096])
 def test_the_weight_gradient_of_many_chunks(tokens, device, monkeypatch):
     """bf16: two or three equal chunks, four of which one is computed again, and sums in float32."""
@@ -449,6 +466,11 @@ def test_the_choice_of_chunks(monkeypatch):
     assert op.chunk_rows(8192, 2176, 8192, 132) == 1024  # two rounds each time
     assert op.chunk_rows(6144, 2176, 2048, 132) == 2048  # 128 tiles; 64 with 1,024 rows
     assert op.chunk_rows(900, 2176, 4096, 132) == 1024
+    # 33 tiles of (1408, 576), each four times with a quarter of the sum, not the 5,504 rows of one round.
+    assert op.chunk_rows(16_384, 6400, 576, 132, 49_152) == 1408
+    assert op.shares(1408, 576, 49_152, 132) == 4 and op.shares(896, 576, 49_152, 132) == 6
+    assert op.shares(1024, 4096, 128_256, 132) == op.shares(1408, 576, 50_257, 132) == 1
+    assert op.chunk_rows(16_384, 6400, 576, 132) == op.chunk_rows(16_384, 6400, 576, 132, 50_257) == 5504
     assert op.chunk_rows(8192, 512, 4096, 132) == 512
     assert op._weight_chunks(8192, 2560) == (2560, 0, False)  # 512, 2560, 2560, 2560
     assert op._weight_chunks(8192, 2048) == (2048, 1, False)
