@@ -686,8 +686,11 @@ def _linear_forwards(
     modules: Sequence[nn.Module], kernel: KernelSpec, said: set[str], slot: _Slot, proven: _Proven | None
 ) -> list[Forward]:
     """The forwards of a group. Another module that gets one of them (a deep copy) computes alone."""
+    from sloth_kernels.lora import Expanded
+
     group = _Group(modules)
     read, takes, function = _reader(said), _takes(kernel), kernel.function
+    keeps = "expanded" in inspect.signature(function).parameters
     before: list[_Item | None] = [None] * len(modules)
 
     def members() -> list[nn.Module]:
@@ -695,6 +698,7 @@ def _linear_forwards(
 
     def fused(index: int, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
+        kept = repeat.expanded(layer, grad, Expanded) if keeps and repeat.EXPANDED else {}
         mine = group.refs[index]() is layer
         waiting = False
         if mine and group.x is x and group.version == x._version and group.mode == (grad, autocast):
@@ -728,7 +732,7 @@ def _linear_forwards(
                 if proven is None or proven(other, item[0].adapter, members, sibling):
                     items.append((other, item))
         given = repeat.narrowed(x, dtype)
-        results = function(given, [item[0] for _, item in items])
+        results = function(given, [item[0] for _, item in items], **kept)
         if x.dtype != dtype:
             results = [
                 y if item[1] is None else y.to(x.dtype) for y, (_, item) in zip(results, items, strict=True)
@@ -779,13 +783,18 @@ def _mlp_forward(
     tiled: with an attribute `again(module, x, tile)`, which gives the same and keeps x alone (see
     `sloth_kernels.lora.lora_mlp`), or None where `otherwise` has to serve the call.
     """
+    from sloth_kernels.lora import Expanded
+
     read, takes, function = _reader(said), _takes(kernel), kernel.function
     (argument,) = (p.name for p in positional_parameters(type(module).forward)[:1])
     before: dict[str, _Item | None] = {}
-    repeats = {"output", "repeated"} <= set(inspect.signature(function).parameters)
+    parameters = set(inspect.signature(function).parameters)
+    repeats, keeps = {"output", "repeated"} <= parameters, "expanded" in parameters
 
-    def fused(mlp: nn.Module, x: torch.Tensor, **options: int) -> Any:
+    def fused(mlp: nn.Module, x: torch.Tensor, **options: Any) -> Any:
         grad, autocast = torch.is_grad_enabled(), _autocast(x)
+        if keeps and repeat.EXPANDED:
+            options |= repeat.expanded(mlp, grad, Expanded)
         children = mlp._modules
         items, dtypes = [], set()
         for name in names:

@@ -118,6 +118,61 @@ class _Slot(NamedTuple):
     scaling: float
 
 
+class _Kept:
+    """A group's expanded weights, with room for the factors of its adapters, from one pass to the next."""
+
+    __slots__ = ("filled", "joint", "of", "stored")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Free the memory, once nothing that was launched needs it."""
+        self.joint: torch.Tensor | None = None
+        self.of: tuple[Any, ...] = ()
+        self.stored: list[torch.Tensor] = []
+        """What the weights are expanded from, held so that nothing else gets their place in memory."""
+        self.filled = False
+        """Whether the weights are in the buffer."""
+
+    def buffer(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
+        """The buffer; not `filled` where the weights have changed since, or are other ones."""
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' Params4bit looks at each call otherwise
+            stored = [t for slot in group.slots for t in _stored_tensors(slot.weight)]
+            of = x.dtype, x.device, group.columns, *((id(t), t.data_ptr(), t._version) for t in stored)
+        if self.joint is None or of != self.of:
+            self.clear()
+            self.joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
+            self.of, self.stored = of, stored
+        return self.joint
+
+
+class Expanded:
+    """Expanded 4-bit weights of one `lora_linear` or `lora_mlp`, kept between its calls and their backwards.
+
+    For who has the memory: 2 bytes a weight in 16 bits. One object for the same projections each time; others
+    take the place of the first. Weights that are changed in place are noticed by PyTorch's version counter,
+    which what is written through `.data` does not count.
+    """
+
+    __slots__ = ("first", "last")
+
+    def __init__(self) -> None:
+        self.first, self.last = _Kept(), _Kept()
+
+    def clear(self) -> None:
+        """Drop what is kept; the next call expands again."""
+        self.first.clear()
+        self.last.clear()
+
+
+def _stored_tensors(weight: Weight) -> list[torch.Tensor]:
+    assert isinstance(weight, FourBit)
+    inner = weight.state.state2
+    nested = [] if inner is None else [inner.absmax, weight.state.offset]
+    return [weight.packed, weight.state.absmax, *nested]
+
+
 class _Run(NamedTuple):
     """Adapters of a group, [first, last) by number, whose columns [start, stop) one kernel serves.
 
@@ -144,7 +199,7 @@ class _Group(NamedTuple):
 
     extended: the low-rank terms ride in the matmuls of expanded weights. wide: the small matmuls run in
     float32, since outside autocast eager runs them in the adapters' dtype, which is not the activations'.
-    fused: Triton kernels are used, else PyTorch's operators.
+    fused: Triton kernels are used, else PyTorch's operators. kept: where expanded weights stay, if they do.
     """
 
     slots: tuple[_Slot, ...]
@@ -156,6 +211,7 @@ class _Group(NamedTuple):
     wide: bool
     fused: bool
     extension: Extension | None
+    kept: _Kept | None = None
 
     @property
     def row(self) -> int:
@@ -288,7 +344,7 @@ class _Ahead:
 
     def __init__(self, group: _Group, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> None:
         self.group, self.x, self.tensors = group, x, tensors
-        self.works = PREFETCH and group.extended and x.is_cuda
+        self.works = PREFETCH and group.extended and x.is_cuda and group.kept is None
         self.buffers: _Buffers | None = None
 
     def before(self) -> None:
@@ -344,16 +400,24 @@ def _buffers(
     step = TENSORS_A_PROJECTION
     factors = [*zip(tensors[::step], tensors[1::step], strict=True)]
     if group.extension is not None:
-        if joint is None:
+        kept = group.kept
+        if kept is not None:
+            joint = kept.buffer(group, x)
+        elif joint is None:
             joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
         rows = joint[group.n :, : group.k]
-        if group.extension.fill(joint, factors):
+        there = kept is not None and kept.filled
+        if group.extension.fill(joint, factors, weights=not there):
+            if kept is not None:
+                kept.filled = True
             return _Buffers(joint, rows, None)
         right = joint[: group.n, group.k : group.k + group.columns]
         columns = tuple(right[:, slot.column : slot.column + slot.padded] for slot in group.slots)
-        for slot in group.slots:
+        for slot in () if there else group.slots:
             assert isinstance(slot.weight, FourBit)
             expand_4bit(slot.weight, joint[slot.start : slot.start + slot.width, : group.k])
+        if kept is not None:
+            kept.filled = True
     else:
         dtype = torch.float32 if group.wide else x.dtype
         rows = torch.empty((group.columns, group.k), dtype=dtype, device=x.device)
@@ -1073,7 +1137,11 @@ def _known(
 
 
 def lora_linear(
-    x: torch.Tensor, projections: Sequence[Projection], *, fused: bool = True
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    *,
+    fused: bool = True,
+    expanded: Expanded | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """All of `projections` of one input, each y = x W.T + bias + scaling * dropout(x) A.T B.T.
 
@@ -1082,6 +1150,7 @@ def lora_linear(
         projections: frozen weights of one width K; 4-bit ones may stand beside others. Adapters may be
             float32 beside a narrower x. Where autocast is off their small matmuls then run in float32.
         fused: False for PyTorch's operators instead of Triton kernels, on any device.
+        expanded: where 4-bit weights stay expanded, for the backward and for later calls; None: nowhere.
 
     Returns:
         One (..., N_i) a projection, in x.dtype. Gradients reach x, A, B and biases, never a weight.
@@ -1097,6 +1166,8 @@ def lora_linear(
         return _group(x, projections, fused), _tensors(projections)
 
     group, tensors, _ = _known(x, projections, fused, make)
+    if expanded is not None:
+        group = group._replace(kept=expanded.first)
     result: tuple[torch.Tensor, ...] = _LoraLinear.apply(x, group, *tensors)
     return result
 
@@ -1112,6 +1183,7 @@ def lora_mlp(
     tile: int | None = None,
     output: bool = True,
     repeated: bool = False,
+    expanded: Expanded | None = None,
 ) -> torch.Tensor:
     """down(act(gate(x)) * up(x)) as one function; keeps x, gate(x) and up(x) for the backward.
 
@@ -1128,6 +1200,7 @@ def lora_mlp(
             Gradients are the same bits.
         repeated: True where this call, or the one that it repeats, is made again before the backward: with
             a tile even less is kept.
+        expanded: see `lora_linear`.
 
     Returns:
         (..., N) in x.dtype.
@@ -1150,6 +1223,8 @@ def lora_mlp(
         return _group(x, [gate, up], fused), _group(wide, [down], fused), _tensors([gate, up, down])
 
     first, last, tensors, _ = _known(x, (gate, up, down), fused, make)
+    if expanded is not None:
+        first, last = first._replace(kept=expanded.first), last._replace(kept=expanded.last)
     result: torch.Tensor
     if tile is None:
         result = _LoraMLP.apply(x, first, last, activation, output, *tensors)

@@ -425,7 +425,8 @@ class Extension:
             enable_fp_fusion=False,
         )
         self.alike = all(self._like_first(part.weight) for part in parts)
-        # By all addresses. Dtypes and shapes of factors are those of the projections' adapters.
+        # By all addresses, and whether weights are expanded. Dtypes and shapes of factors are those of the
+        # projections' adapters.
         self.tables: dict[tuple[int, ...], tuple[torch.Tensor, int, int] | None] = {}
 
     def _like_first(self, weight: FourBit) -> bool:
@@ -441,12 +442,17 @@ class Extension:
         )
 
     def fill(
-        self, out: torch.Tensor, factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
+        self,
+        out: torch.Tensor,
+        factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+        *,
+        weights: bool = True,
     ) -> bool:
         """Fill `out`, (sum of N_i + columns, at least K + columns).
 
         factors: a (rank, K) and b (N, rank) of each part's adapter, or None for both. b_i stands in the
         columns of its part, zeros beside it, and a_i in their rows. Nothing is written right of the a_i.
+        weights: False where the W_i are in `out` already.
 
         Returns False, with nothing written, where the parts differ in what one launch must have in common
         (blocks, dtype of a and b), are not stored in out's dtype, or can't be expanded in 32-bit words.
@@ -463,23 +469,27 @@ class Extension:
                 stored += (packed, state.absmax, state.code, inner.absmax, inner.code, state.offset)
         low = [t for pair in factors for t in pair if t is not None]
         with _PLAINLY():  # bitsandbytes' Params4bit looks at each call otherwise
-            key = (*map(_POINTER, stored), *map(_POINTER, low))
+            key = (int(weights), *map(_POINTER, stored), *map(_POINTER, low))
         known = self.tables.get(key)
         if known is None:
             if key in self.tables:
                 return False
             if len(self.tables) >= _MOST_TABLES:
                 self.tables.clear()
-            known = self.tables[key] = self._table(factors, out)
+            known = self.tables[key] = self._table(factors, out, weights)
             if known is None:
                 return False
         table, programs, n = known
         factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
-        launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
+        if programs:
+            launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
         return True
 
     def _table(
-        self, factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], out: torch.Tensor
+        self,
+        factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+        out: torch.Tensor,
+        weights: bool,
     ) -> tuple[torch.Tensor, int, int] | None:
         """(the table, (parts, fields) int64; programs; rows of weights), or None where `fill` can't."""
         low = [t for pair in factors for t in pair if t is not None]
@@ -492,7 +502,7 @@ class Extension:
             n, k = weight.shape
             state, outer = weight.state, weight.state.state2
             expand_from = programs
-            b_from = expand_from + -(-n * k // (8 * WORDS))
+            b_from = expand_from + (-(-n * k // (8 * WORDS)) if weights else 0)
             a_from = b_from + -(-n * self.columns // PACK_BLOCK)
             programs = a_from + -(-padded * k // PACK_BLOCK)
             nested = (0, 0, 0) if outer is None else (outer.absmax, outer.code, state.offset)

@@ -34,7 +34,7 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import Rates, measure_rates, rates_for
-from sloth_plugins.checkpointing.repeat import NOW, Recipe, Repeated, place
+from sloth_plugins.checkpointing.repeat import EXPANDED, NOW, Recipe, Repeated, place
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
@@ -43,8 +43,11 @@ FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 LEAST_BYTES = 2**20
 # Without a budget, how much of the GPU's memory a plan may fill: there are allocations that no plan knows of.
 OF_FREE = 0.85
-# What a plan that keeps all chooses from.
-KEEP_ALL: dict[str, Any] = {"allow": ("keep",), "tiles": (1,), "norms": (False,), "mlps": (False,)}
+# What a plan that keeps all chooses from. Nobody has asked for it, so half of what it leaves stays free.
+KEEP_ALL: dict[str, Any] = {
+    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "mlps": (False,)},
+    "expanded": 0.5,
+}
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
 NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
 OTHER_BITS = (
@@ -184,6 +187,7 @@ class Running:
             )
         self._notice()
         self._wanted = []
+        self._expand(chosen.expanded)
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         last = chosen.last_offloaded
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
@@ -199,6 +203,15 @@ class Running:
             on = option != "keep" or waits or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
+
+    def _expand(self, count: int) -> None:
+        """Let the modules of the first `count` layers keep their 4-bit weights expanded, and no others."""
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if index < count:
+                    EXPANDED.setdefault(module, None)
+                else:
+                    EXPANDED.pop(module, None)
 
     def _set(self) -> None:
         for layer, flags in zip(self.layers, self._wanted, strict=False):
@@ -227,6 +240,7 @@ class Running:
     def stop(self) -> None:
         """Give each layer the flags back that it had."""
         self._offload.drain()
+        self._expand(0)
         for ref, before, ours in zip(self._layers, self._before, self._wanted, strict=False):
             layer = ref()
             if layer is None:

@@ -344,6 +344,36 @@ class ModelFacts:
             gradients += self.mlp_bytes(shape) - self.lean_bytes(shape)
         return expanded + gradients + (t * h * e if norms_again else 0)
 
+    @property
+    def expanded_groups(self) -> list[tuple[int, int, int]]:
+        """(outputs, inputs, adapters) of what a layer expands at once of its 4-bit weights in our kernels."""
+        if not (self.four_bit and self.fused and self.rank):
+            return []
+        groups = PROJECTIONS[:3], PROJECTIONS[3:4], PROJECTIONS[4:6], PROJECTIONS[6:]
+        # One adapter takes the whole MLP into one function.
+        served = [
+            names
+            for names in groups
+            if (
+                self.fused_mlp if names[0] in PROJECTIONS[4:] else any(name in self.targets for name in names)
+            )
+        ]
+        widths = self.widths
+        return [
+            (
+                sum(widths[name][0] for name in names),
+                widths[names[0]][1],
+                sum(name in self.targets for name in names),
+            )
+            for names in served
+        ]
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of a layer's weights that are expanded for the matmuls, with the adapters' factors beside."""
+        columns, e = -(-self.rank // 16) * 16, self.activation_bytes
+        return sum((n + count * columns) * (k + ROW) * e for n, k, count in self.expanded_groups)
+
     def lean_bytes(self, shape: Shape) -> int:
         """What a layer whose MLP is made again in one piece takes less in its backward than all of its saved
         tensors and `workspace_bytes`: gate and up are made when their gradients are, which take their place,

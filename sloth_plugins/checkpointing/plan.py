@@ -11,7 +11,7 @@ A layer takes one of OPTIONS, which say of each tensor class whether it is kept,
 Beside that every layer's MLP may be made again in the backward, under all options, in one piece or in tiles
 of tokens: all of gate and up is then never there, which counts for long rows and small budgets. And the
 outputs of norms may be made again from the norms' inputs, which are saved beside them, for one pass over
-memory.
+memory. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
 
 Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
 that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
@@ -191,6 +191,8 @@ class CheckpointPlan:
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
     mlps_again: bool = False
     """Each MLP is made again in the backward, as always where it is in several parts."""
+    expanded: int = 0
+    """Of how many layers, from the first on, the 4-bit weights stay expanded between forward and backward."""
 
     def __repr__(self) -> str:
         return f"<CheckpointPlan: {self}>"
@@ -200,10 +202,11 @@ class CheckpointPlan:
         named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
         tiles = ", MLPs again" if self.mlps_again else ""
         tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else tiles
+        expanded = f", weights of {self.expanded} expanded" if self.expanded else ""
         norms = ", norms again" if self.norms_again else ""
         tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
-            f"{named} of {len(self.layers)} layers{tiles}{norms} at {tokens}: "
+            f"{named} of {len(self.layers)} layers{tiles}{norms}{expanded} at {tokens}: "
             f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
         )
 
@@ -246,6 +249,11 @@ class CheckpointPlan:
         return costs(self.facts, self.shape, self.rates, *self._way)
 
     @property
+    def expanded_bytes(self) -> int:
+        """What all weights that stay expanded take."""
+        return self.expanded * self.facts.expanded_bytes
+
+    @property
     def _way(self) -> tuple[int, bool, bool]:
         return self.mlp_tiles, self.norms_again, self.mlps_again
 
@@ -260,6 +268,7 @@ class CheckpointPlan:
         parts = {
             "weights": self.facts.weights_bytes,
             "optimizer": self.facts.optimizer_state_bytes,
+            **({"expanded weights": self.expanded_bytes} if self.expanded else {}),
             "kept activations": sum(options[name].kept_bytes for name in self.layers),
         }
         return {
@@ -273,7 +282,7 @@ class CheckpointPlan:
         facts, shape = self.facts, self.shape
         options = self.costs().options
         work, grads = facts.workspace_bytes(shape, *self._way), facts.gradient_bytes
-        base = fixed_bytes(facts) + facts.ends_bytes(shape)
+        base = fixed_bytes(facts) + facts.ends_bytes(shape) + self.expanded_bytes
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
         for index, name in enumerate(self.layers):
@@ -324,6 +333,10 @@ class CheckpointPlan:
                 f"{where} is no checkpointing plan ({type(error).__name__}: {error})"
             ) from error
         unknown = [name for name in made.layers if name not in OPTIONS]
+        if not isinstance(made.expanded, int) or not 0 <= made.expanded <= made.facts.layers:
+            raise BadInputError(
+                f"{where}: expanded={made.expanded!r}: allowed is 0 to {made.facts.layers}, its layers"
+            )
         if unknown or len(made.layers) != made.facts.layers:
             raise BadInputError(
                 f"{where}: allowed is one of {', '.join(OPTIONS)} for each of {made.facts.layers} layers"
@@ -361,19 +374,21 @@ def plan(
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
     mlps: Sequence[bool] = (False, True),
+    expanded: float = 1.0,
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
-    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise. Raises
-    BadInputError, with the smallest budget that fits, where none does.
+    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise. `expanded`: the
+    share of what is left of the budget that expanded weights may take. Raises BadInputError, with the
+    smallest budget that fits, where none does.
     """
     best: CheckpointPlan | None = None
     for way in _ways(facts, _tiles(shape, tiles), norms, mlps):
         best = _search(facts, shape, budget_bytes, rates, host_bytes, allow, way, best) or best
     if best is not None:
-        return best
+        return _with_expanded(best, expanded)
     smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
@@ -385,6 +400,26 @@ def plan(
     raise BadInputError(
         f"memory_budget_bytes={gib(budget_bytes)}: {shape.batch} x {shape.seq} tokens need at least "
         f"{-(-need // 2**20)} MiB ({gib(need)}), of which {driver} take {gib(parts[driver])}"
+    )
+
+
+def _with_expanded(made: CheckpointPlan, share: float) -> CheckpointPlan:
+    """`made` with weights that stay expanded in a share of what it leaves free, if it keeps all else."""
+    facts, rates = made.facts, made.rates
+    each = facts.expanded_bytes
+    all_kept = set(made.layers) == {"keep"} and not made.norms_again and not made.mlps_again
+    if not each or not all_kept or made.mlp_tiles > 1:
+        return made
+    spare = share * (made.budget_bytes - made.peak_bytes - made.margin_bytes)
+    count = max(0, min(facts.layers, int(spare / (each * (1 + MARGIN)))))
+    weights = sum(n * k for n, k, _ in facts.expanded_groups)
+    saved_s = 2 * count * weights * EXPANDED_BYTES / (rates.memory_tb_s * 1e12)
+    return dataclasses.replace(
+        made,
+        expanded=count,
+        peak_bytes=made.peak_bytes + count * each,
+        margin_bytes=made.margin_bytes + int(count * each * MARGIN),
+        step_s=made.step_s - saved_s,
     )
 
 

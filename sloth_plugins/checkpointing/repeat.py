@@ -3,13 +3,16 @@
 A layer that is run again is run for what its functions save; its output goes nowhere. Where its last step is
 an addition, which saves nothing, the value of the MLP before it is not needed then.
 
-And the output of a norm, which the layers behind it save, is a cheap function of the norm's input, which is
+The output of a norm, which the layers behind it save, is a cheap function of the norm's input, which is
 saved as well: norms say how to make it again.
+
+And where memory is to spare, modules keep their 4-bit weights expanded.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +93,27 @@ def narrowed(x: Any, dtype: Any) -> Any:
         NOW.output = result.detach()
         NOW.recipe = Recipe(module=recipe.module, source=recipe.source, make=lambda x: make(x).to(dtype))
     return result
+
+
+EXPANDED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Modules whose 4-bit weights stay expanded between training passes, with where they are; None at first."""
+
+
+def expanded(module: Any, grad: bool, make: Callable[[], Any]) -> dict[str, Any]:
+    """For `sloth_kernels.lora`: where this call of `module` keeps expanded weights. `make` gives a place.
+
+    A call without gradients drops them: evaluation and generation need memory of their own.
+    """
+    if module not in EXPANDED:
+        return {}
+    place = EXPANDED[module]
+    if not grad:
+        if place is not None:
+            place.clear()
+        return {}
+    if place is None:
+        place = EXPANDED[module] = make()
+    return {"expanded": place}
 
 
 def options(module: Any) -> dict[str, bool]:

@@ -53,7 +53,7 @@ def test_predictions_agree_with_a_measured_step(
     changes: Any, batch: int, seq: int, base_gib: float, peak_gib: float, step_ms: float
 ) -> None:
     facts = llama_8b(**changes)
-    made = plan(facts, Shape(batch=batch, seq=seq), 2**40, H200)
+    made = plan(facts, Shape(batch=batch, seq=seq), 2**40, H200, expanded=0)
     assert set(made.layers) == {"keep"}
     assert facts.weights_bytes / 2**30 == pytest.approx(base_gib, rel=0.02)
     assert made.peak_bytes / 2**30 == pytest.approx(peak_gib, rel=0.02)
@@ -291,6 +291,37 @@ def test_norms_are_made_again_where_their_outputs_are_what_is_saved() -> None:
         assert not tight.norms_again, changes
     with pytest.raises(ValueError, match=r"norms=\(True,\): allowed are False"):
         plan(llama_8b(**QLORA), shape, budget, H200, norms=(True,))
+
+
+def test_weights_stay_expanded_where_all_else_is_kept() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    plain = plan(facts, shape, 2**40, H200, expanded=0)
+    need = plain.peak_bytes + plain.margin_bytes
+    each = facts.expanded_bytes
+    weights = 2 * (4096 * (4096 + 2 * 1024) + 4096**2 + 3 * 4096 * 14336)
+    assert weights < each < 1.03 * weights
+    before = plain
+    for budget, count in ((need, 0), (need + 4 * each, 3), (need + 40 * each, 32), (2**40, 32)):
+        made = plan(facts, shape, budget, H200)
+        assert made.expanded == count and set(made.layers) == {"keep"}
+        assert made.peak_bytes + made.margin_bytes <= budget
+        assert made.peak_bytes == plain.peak_bytes + count * each
+        assert made.step_s <= before.step_s and (f"weights of {count} expanded" in str(made)) == (count > 0)
+        assert CheckpointPlan.from_dict(made.to_dict()) == made
+        assert max(size for _, size in made.timeline()) <= 1.01 * made.peak_bytes
+        before = made
+    assert plan(facts, shape, need + 4 * each, H200, expanded=0.5).expanded == 1
+    # The time of expanding each weight twice a step: 2.56 bytes a weight.
+    assert plain.step_s - made.step_s == pytest.approx(
+        32 * weights * 2.56 / H200.memory_tb_s / 1e12, rel=0.01
+    )
+    assert plan(facts, shape, need - 2**30, H200).expanded == 0
+    for other in ({}, PLAIN):  # 16-bit weights; somebody else's matmuls
+        assert plan(llama_8b(**other), shape, 2**40, H200).expanded == 0
+    some = llama_8b(**{**QLORA, "targets": ("q_proj", "v_proj")})  # o and the MLP are bitsandbytes' own
+    assert some.expanded_bytes == 2 * (4096 + 2 * 1024 + 2 * 16) * (4096 + 64)
+    with pytest.raises(ValueError, match=r"expanded=33: allowed is 0 to 32"):
+        CheckpointPlan.from_dict({**made.to_dict(), "expanded": 33})
 
 
 def test_126_layers_in_a_second() -> None:

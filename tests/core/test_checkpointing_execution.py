@@ -221,6 +221,67 @@ def test_mlps_that_are_made_again_in_one_piece_give_the_same_bits(
     assert not whole
 
 
+def test_weights_stay_expanded_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first layer: expanded once, until a call without gradients; always the same bits."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from lora_models import in_4bit, lora, wide
+    from sloth_kernels import nf4
+
+    model = lora(in_4bit(wide())).train()
+    count = len(execute.decoder_layers(model))
+    filled: list[bool] = []
+    fill = nf4.Extension.fill
+
+    def counted(self: Any, out: Any, factors: Any, *, weights: bool = True) -> bool:
+        filled.append(weights)
+        return fill(self, out, factors, weights=weights)
+
+    monkeypatch.setattr(nf4.Extension, "fill", counted)
+    given = ids()
+    # In Triton's interpreter: only what this is about.
+    others = {"rms_norm", "add_rms_norm", "rope", "linear_cross_entropy", "gated_mlp"}
+    options: Any = dict(kernels="triton", verify=False, disable=others)
+    with sloth.accelerate(model, checkpointing=planned(model, ("keep",) * count), **options):
+        filled.clear()
+        want = step(model, given)
+        groups, left = divmod(len(filled), 2 * count)  # forward and backward of each
+        assert groups >= 3 and not left and all(filled)
+    chosen = planned(model, ("keep",) * count, expanded=1)
+    with sloth.accelerate(model, checkpointing=chosen, **options):
+        for first in (True, False):
+            filled.clear()
+            same(step(model, given), want)
+            assert len(filled) == 2 * count * groups
+            assert sum(filled) == 2 * (count - 1) * groups + first * groups
+        kept = [place for module in model.modules() if (place := repeat.EXPANDED.get(module)) is not None]
+        assert sum(part.filled for place in kept for part in (place.first, place.last)) == groups
+        # Somebody else's optimizer writes adapters in place.
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.data.mul_(2)
+        filled.clear()
+        doubled = step(model, given)
+        assert sum(filled) == 2 * (count - 1) * groups
+        with torch.no_grad():
+            model(input_ids=ids(4, 40))
+        assert not any(part.joint is not None for place in kept for part in (place.first, place.last))
+        same(step(model, given), doubled)
+        held = [
+            weakref.ref(part.joint)
+            for place in kept
+            for part in (place.first, place.last)
+            if part.joint is not None
+        ]
+        assert len(held) == groups
+        del kept
+    assert not any(module in repeat.EXPANDED for module in model.modules())
+    gc.collect()
+    assert not any(joint() is not None for joint in held)
+    with sloth.accelerate(model, checkpointing=planned(model, ("keep",) * count), **options):
+        same(step(model, given), doubled)
+
+
 @pytest.mark.parametrize("option", ["recompute_offload", "offload"])
 @pytest.mark.parametrize("norms", [False, True])
 def test_host_memory_is_free_after_the_backward(option: str, norms: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 from sloth_kernels import lora as op
 from sloth_kernels.lora import (
     Adapter,
+    Expanded,
     Projection,
     lora_linear,
     lora_linear_reference,
@@ -271,6 +272,71 @@ def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, low_bias, fused, bas
     # 4-bit group apart.
     again = not (base == "nf4" and fused and low_bias)
     assert in_place == [False, False, again, again, again, again]
+
+
+@pytest.mark.parametrize(
+    ("base", "tile"),
+    [("nf4", None), ("nf4 plain", None), ("nf4", 12), ("nf4", 40), ("mixed", 40), ("dense", 40)],
+)
+def test_weights_that_stay_expanded(base, tile, device, monkeypatch):
+    """The same bits from pass to pass, with new adapters, weights changed in place, others, dropped ones."""
+    if tile is None:
+        case = Case(device, torch.float32, base=base)
+        function: Any = lora_linear
+    else:
+        case = Case(device, torch.float32, base=base, ranks=(8, 4, 16), **MLP)
+        function = lambda x, given, **options: (  # noqa: E731
+            lora_mlp(x, *given, activation="silu", tile=None if tile == 40 else tile, **options),
+        )
+    filled: list[bool] = []
+    fill = op.Extension.fill
+
+    def counted(self: Any, out: Any, factors: Any, *, weights: bool = True) -> bool:
+        filled.append(weights)
+        return fill(self, out, factors, weights=weights)
+
+    monkeypatch.setattr(op.Extension, "fill", counted)
+
+    def passes(expanded: Any) -> list[torch.Tensor]:
+        leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+        ys = function(leaves["x"], case.projections(leaves), expanded=expanded)
+        total = sum(y.pow(2).sum() for y in ys)
+        return [*ys, *torch.autograd.grad(total, list(leaves.values()))]
+
+    def same() -> None:
+        for one, other in zip(passes(kept), passes(None), strict=True):
+            assert torch.equal(one, other)
+
+    kept = Expanded()
+    groups = 1 if tile is None else 2
+    for step in range(3):
+        filled.clear()
+        for name, t in case.inputs.items():
+            if t is not None and name[0] in "ab":
+                case.inputs[name] = t * 1.5
+        same()
+        if base in ("nf4", "nf4 plain"):
+            mine = filled[: len(filled) // 2]
+            assert mine.count(True) == (groups if step == 0 else 0) and mine.count(False) >= groups
+            assert all(filled[len(filled) // 2 :])
+    if base == "dense":
+        assert kept.first.joint is None
+        return
+    first = case.weights[0]
+    assert isinstance(first, FourBit)
+    first.packed.copy_(first.packed.flip(0))
+    same()
+    first.state.absmax.copy_(first.state.absmax.flip(0))
+    same()
+    # Another weight of the same shape, which may get the place of the first in memory.
+    new = stored(randn(*first.shape, seed=77, dtype=torch.float32, device=device), base, 0)
+    case.weights[0] = new
+    del first
+    same()
+    held = kept.first.joint
+    kept.clear()
+    assert kept.first.joint is None and (held is None) == (base == "mixed")
+    same()
 
 
 def test_second_derivatives_of_an_mlp_in_tiles(device):
