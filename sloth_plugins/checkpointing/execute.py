@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
+from sloth_plugins.checkpointing.observe import observe
 from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
     TILES,
@@ -133,7 +134,9 @@ def facts_of(model: nn.Module, ops: Collection[str]) -> ModelFacts:
     """The facts of a model that is patched with `ops`; BadInputError where they can't be known."""
     adapted = any(".lora_A." in name for name, _ in model.named_parameters())
     fused = bool(set(ops) & ({"lora_mlp", "lora_linear"} if adapted else {"gated_mlp"}))
-    facts = ModelFacts.from_model(model, fused=fused, fused_head="linear_cross_entropy" in ops)
+    facts = ModelFacts.from_model(
+        model, fused=fused, whole_mlp="lora_mlp" in ops, fused_head="linear_cross_entropy" in ops
+    )
     ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in decoder_layers(model)]
     return facts.replace(ends_with_mlp=all(getattr(end, "ends_with_mlp", False) for end in ends))
 
@@ -883,6 +886,8 @@ class Automatic:
             tokens = max(shape.tokens, self.seen.tokens)
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
+        if not self.record["plans"]:
+            self.facts = self._observed(self.facts)
         facts = self.facts
         if self.given is None and not self.record["plans"]:
             if (model := self.model()) is not None:
@@ -913,6 +918,27 @@ class Automatic:
             said = str(error)
             self.record["note"] = said if self.given else said.replace("memory_budget_bytes=", "the GPU has ")
         self._use(chosen)
+
+    def _observed(self, facts: ModelFacts) -> ModelFacts:
+        """`facts` with what the layers are seen to save, if the backbone runs on ids alone."""
+        model = self.model()
+        if model is None:
+            return facts
+        layers, norms = self.running.layers, _Norms()  # a longer batch's norms are proven by themselves
+        self.left = True  # what runs now is no training forward
+        try:
+            seen = observe(
+                watched(model),
+                layers,
+                [mlp_of(layer, facts) for layer in layers],
+                min(facts.vocab, 1000),
+                lambda tensor: norms.recipe_of(tensor) is not None,
+            )
+        finally:
+            self.left = False
+        if norms.kept:
+            self.norms, self.record["note"] = (False,), OTHER_BITS
+        return facts if seen is None else facts.replace(observed=seen)
 
     def _use(self, chosen: CheckpointPlan) -> None:
         self.plan = chosen

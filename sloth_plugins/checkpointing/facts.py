@@ -13,6 +13,10 @@ and v of KV elements, MLP width I, activations of e bytes and a residual stream 
     gate_up        2 T I e                      3 T I e (gate, silu(gate), up); of s bytes behind 4-bit layers
     hidden         0, or T I e without an MLP op the copy of down_proj's input
     low_rank       T (ranks of the layer) e     the same
+    other          0                            0
+
+Where a model's own layers were observed, gate_up is what its MLP saves, normed and mlp_normed the outputs of
+its norms, and other the rest.
 
 Figures against which it is held (bytes of torch.cuda.max_memory_allocated, H200, shapes of Llama-3.1-8B) are
 in tests/core/test_checkpointing.py.
@@ -24,6 +28,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sloth_plugins.checkpointing.observe import Observed
 from sloth_plugins.specs import BadInputError
 
 CLASSES = (
@@ -36,6 +41,7 @@ CLASSES = (
     "gate_up",
     "hidden",
     "low_rank",
+    "other",
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Weights = Literal["16bit", "32bit", "nf4", "nf4_double"]
@@ -95,6 +101,8 @@ class ModelFacts:
     """Norms, rotary embedding, LoRA and MLP run in the project's kernels."""
     ends_with_mlp: bool = True
     """A layer ends with its MLP and an addition: run again, it leaves out what the output alone needs."""
+    whole_mlp: bool = True
+    """An MLP with LoRA runs in one function, where it is fused at all."""
     fused_head: bool = True
     """The loss of the head holds no logits."""
     optimizer_bytes: int | None = None
@@ -103,6 +111,8 @@ class ModelFacts:
     """Gradients of an earlier micro-batch are there when the forward begins."""
     resident_bytes: int | None = None
     """Measured bytes on the device before a step and without optimizer state; None: by arithmetic."""
+    observed: Observed | None = None
+    """What a layer of the model was seen to save for a token; None: by arithmetic."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
@@ -203,7 +213,8 @@ class ModelFacts:
     @property
     def fused_mlp(self) -> bool:
         """Whether MLPs are one function, which makes gate and up again without the output."""
-        return self.fused and bool(self.rank) and any(name in self.targets for name in PROJECTIONS[4:])
+        adapted = bool(self.rank) and any(name in self.targets for name in PROJECTIONS[4:])
+        return self.fused and self.whole_mlp and adapted
 
     @property
     def q(self) -> int:
@@ -267,6 +278,16 @@ class ModelFacts:
     def saved_bytes(self, shape: Shape) -> dict[str, int]:
         """Bytes that one layer saves for its backward, by class; the keys are CLASSES."""
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
+        if self.observed is not None:
+            seen = self.observed
+            found = dict.fromkeys(CLASSES, 0) | {
+                "input": t * h * self.stream_bytes,
+                "normed": int(t * seen.norms / 2),
+                "mlp_normed": int(t * seen.norms / 2),
+                "gate_up": int(t * seen.mlp),
+            }
+            found["other"] = max(0, int(t * (seen.saved + seen.by_length * shape.seq)) - sum(found.values()))
+            return found
         adapted = set(self.targets) if self.rank else set(PROJECTIONS)
         ranks = {name: self.rank if name in self.targets else 0 for name in PROJECTIONS}
         if self.fused:
@@ -274,8 +295,8 @@ class ModelFacts:
             normed = mlp_normed = t * h * e
             copies = 0
             gate_up = 2 * t * i * e
-            # The MLP's own Function makes the product again; without adapters down_proj keeps its input.
-            hidden = 0 if self.rank else t * i * e
+            # The MLP's own Function makes the product again; else a trained down_proj keeps its input.
+            hidden = t * i * e if not self.fused_mlp and "down_proj" in adapted else 0
             ranks = {name: -(-rank // 16) * 16 for name, rank in ranks.items()}
         else:
             norm = 4 * t * h + 4 * t
@@ -304,11 +325,14 @@ class ModelFacts:
             "gate_up": gate_up,
             "hidden": hidden,
             "low_rank": t * sum(ranks.values()) * e,
+            "other": 0,
         }
 
     def mlp_bytes(self, shape: Shape) -> int:
         """Bytes that go where the MLP alone is recomputed: gate, up, their product, the low-rank products."""
         saved, e = self.saved_bytes(shape), self.activation_bytes
+        if self.observed is not None:
+            return saved["gate_up"]
         inside = sum(name in self.targets for name in PROJECTIONS[4:]) if self.rank else 0
         low = shape.tokens * inside * (-(-self.rank // 16) * 16 if self.fused else self.rank) * e
         # Of several casts of its input one remains: the input itself.
@@ -407,6 +431,14 @@ class ModelFacts:
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON types."""
         return {**dataclasses.asdict(self), "targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelFacts:
+        """The facts that `to_dict` wrote."""
+        values = dict(values)
+        seen = values.get("observed")
+        observed = None if seen is None else Observed(**seen)
+        return cls(**{**values, "targets": tuple(values["targets"]), "observed": observed})
 
 
 def _stored_bytes(parameter: Any) -> int:

@@ -321,8 +321,7 @@ class CheckpointPlan:
             fields = dict(values)
             if fields.pop("version") != VERSION:
                 raise BadInputError(f"{where} has version {values['version']!r}: allowed is {VERSION}")
-            facts = dict(fields["facts"])
-            fields["facts"] = ModelFacts(**{**facts, "targets": tuple(facts["targets"])})
+            fields["facts"] = ModelFacts.from_dict(fields["facts"])
             fields["shape"], fields["rates"] = Shape(**fields["shape"]), Rates(**fields["rates"])
             fields["layers"] = tuple(fields["layers"])
             made = cls(**fields)
