@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
-from sloth_plugins.checkpointing.observe import observe
+from sloth_plugins.checkpointing.observe import Observed, observe
 from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
     TILES,
@@ -711,6 +711,12 @@ def usable_bytes(device: torch.device) -> int | None:
     return int(OF_FREE * (free + torch.cuda.memory_reserved(device)))
 
 
+def twice(facts: ModelFacts, shape: Shape) -> Observed:
+    """Twice what a layer saves by arithmetic: where there is room for that, nobody has to look closer."""
+    saved = sum(facts.saved_bytes(shape).values()) / shape.tokens
+    return Observed(saved=2 * saved, by_length=0.0, mlp=0.0, norms=0.0)
+
+
 class Automatic:
     """Plans within `settings.memory_budget_bytes` at the first training batch, and anew for a larger one.
 
@@ -753,7 +759,7 @@ class Automatic:
         trained = next((p for p in model.parameters() if p.requires_grad), None)
         self.trained = weakref.ref(trained) if trained is not None else lambda: None
         self.plan: CheckpointPlan | None = None
-        self.left = False
+        self.left = self.observed = False
         self.seen: Shape | None = None
         self.model = weakref.ref(model)
         self.record.update({"chosen": "to be planned at the first batch", "plans": 0})
@@ -886,8 +892,6 @@ class Automatic:
             tokens = max(shape.tokens, self.seen.tokens)
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
-        if not self.record["plans"]:
-            self.facts = self._observed(self.facts)
         facts = self.facts
         if self.given is None and not self.record["plans"]:
             if (model := self.model()) is not None:
@@ -896,15 +900,16 @@ class Automatic:
         if self.device.type == "cuda" and not self.record["plans"]:
             here = torch.cuda.memory_allocated(self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
-        if self.given is None:
-            gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-            try:  # no need to measure anything
-                roomy = plan(facts, shape, self.budget, rates_for(gpu), **KEEP_ALL)
-            except BadInputError:
-                pass
-            else:
-                self._use(roomy)
-                return
+        if facts.observed is None and self._all_kept(facts.replace(observed=twice(facts, shape)), shape):
+            roomy = self._all_kept(facts, shape)
+        else:
+            if not self.observed:
+                self.observed = True
+                facts = self.facts = self._observed(facts)
+            roomy = self._all_kept(facts, shape)
+        if roomy is not None:
+            self._use(roomy)
+            return
         rates = self.rates
         try:
             chosen = plan(facts, shape, self.budget, rates, **self.ways)
@@ -918,6 +923,16 @@ class Automatic:
             said = str(error)
             self.record["note"] = said if self.given else said.replace("memory_budget_bytes=", "the GPU has ")
         self._use(chosen)
+
+    def _all_kept(self, facts: ModelFacts, shape: Shape) -> CheckpointPlan | None:
+        """Without a budget, the plan that keeps everything, if it fits: no rates are measured for it."""
+        if self.given is not None:
+            return None
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        try:
+            return plan(facts, shape, self.budget, rates_for(gpu), **KEEP_ALL)
+        except BadInputError:
+            return None
 
     def _observed(self, facts: ModelFacts) -> ModelFacts:
         """`facts` with what the layers are seen to save, if the backbone runs on ids alone."""

@@ -831,7 +831,7 @@ PLAIN = ["lora_linear", "lora_mlp", "gated_mlp", "linear_cross_entropy", "linear
 
 
 @pytest.mark.parametrize("theirs", [False, True])
-@pytest.mark.parametrize("share", [0.2, 1.1])
+@pytest.mark.parametrize("share", [0.2, 1.1, 9.0])
 def test_without_a_budget_what_the_gpu_has_is_planned_for(
     share: float, theirs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -852,6 +852,9 @@ def test_without_a_budget_what_the_gpu_has_is_planned_for(
     measured: list[Any] = []
     measure = execute.measure_rates
     monkeypatch.setattr(execute, "measure_rates", lambda device: measured.append(device) or measure(device))
+    looked: list[Any] = []
+    observe = execute.observe
+    monkeypatch.setattr(execute, "observe", lambda *given: looked.append(given) or observe(*given))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="sloth")
         with sloth.accelerate(model, disable=PLAIN, strict=True) as acceleration:
@@ -859,6 +862,7 @@ def test_without_a_budget_what_the_gpu_has_is_planned_for(
             same(step(model, ids()), want)
             assert (set(record["plan"]["layers"]) == {"keep"}) == (share > 1)
             assert bool(measured) == (share < 1)  # nothing is measured for a plan that needs no figures
+            assert len(looked) == (share < 2)  # and nothing is run where there is room for more than is known
             assert "of the GPU may be filled" in record["reason"]
             assert ("the trainer's own gradient checkpointing gives way" in record["reason"]) == theirs
             assert any(
