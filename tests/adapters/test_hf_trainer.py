@@ -288,7 +288,8 @@ def test_trains_as_without_it(tmp_path: Path, family: str, case: str, kernel_cal
     callback = SlothCallback()
     got, state = run(callback)
     assert ops(callback.acceleration) == (LORA_SITES if adapt is lora else SITES)[family]
-    passes = changes.get("gradient_accumulation_steps", 1) * (2 if "recompute" in case else 1)
+    again = "recompute" in case and not GPU  # which has room to keep all: a plan says so
+    passes = changes.get("gradient_accumulation_steps", 1) * (2 if again else 1)
     assert kernel_calls["lora_mlp" if adapt is lora else "gated_mlp"] == 2 * 4 * passes
     assert relative_difference(got, plain) <= FORMULA_TOLERANCE[precision]
     assert list(state) == list(plain_state)
