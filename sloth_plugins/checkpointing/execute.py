@@ -935,9 +935,17 @@ class Automatic:
             return None
 
     def _observed(self, facts: ModelFacts) -> ModelFacts:
-        """`facts` with what the layers are seen to save, if the backbone runs on ids alone."""
+        """`facts` with what the layers are seen to save, if the backbone runs on ids alone.
+
+        Not of sharded models, whose processes expect a backward after each forward, nor of compiled layers,
+        which would be compiled for these lengths too.
+        """
         model = self.model()
-        if model is None:
+        if model is None or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+            return facts
+        try:
+            refuse_sharded(model)
+        except Sharded:
             return facts
         layers, norms = self.running.layers, _Norms()  # a longer batch's norms are proven by themselves
         self.left = True  # what runs now is no training forward

@@ -153,6 +153,17 @@ def test_nothing_is_left_behind() -> None:
     assert (repeat.NOW.norms, repeat.NOW.output, repeat.NOW.recipe) == (False, None, None)
 
 
+@pytest.mark.parametrize("kind", ["compiled", "sharded"])
+def test_some_models_are_not_run_for_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("llama", ALL), torch.randint(0, 60, (2, 12))
+    monkeypatch.setattr(execute, "observe", None)  # not called
+    if kind == "compiled":
+        execute.decoder_layers(model)[0]._compiled_call_impl = execute.decoder_layers(model)[0]._call_impl
+    else:
+        next(model.parameters()).ds_id = 0
+    assert facts_of_step(model, ids).observed is None
+
+
 def test_a_backbone_that_can_not_be_observed_is_planned_by_arithmetic() -> None:
     model, ids = model_of("llama", ALL), torch.randint(0, 60, (2, 12))
     model.base_model.model.model.register_forward_pre_hook(
