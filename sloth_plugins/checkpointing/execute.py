@@ -35,7 +35,7 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import Rates, measure_rates, rates_for
-from sloth_plugins.checkpointing.repeat import EXPANDED, NOW, Recipe, Repeated, place
+from sloth_plugins.checkpointing.repeat import EXPANDED, NOW, Recipe, Repeated, as_saved, place
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
@@ -440,7 +440,9 @@ class _Norms:
 
         def pack(tensor: torch.Tensor) -> Any:
             recipe = self.recipe_of(tensor)
-            return tensor if recipe is None else _Made(recipe.make, recipe.source, recipe.source._version)
+            if recipe is None:
+                return as_saved(tensor)
+            return _Made(recipe.make, recipe.source, recipe.source._version)
 
         def unpack(saved: Any) -> Any:
             return saved(saved.source) if isinstance(saved, _Made) else saved
@@ -591,11 +593,11 @@ class _Offload:
         def leave(tensor: torch.Tensor) -> Any:
             # Many are parameters, so the cheapest question comes first.
             if type(tensor) is not torch.Tensor or not (tensor.is_cuda or tensor.is_cpu):
-                return tensor
+                return as_saved(tensor)
             if tensor.layout != torch.strided or (storage := tensor.untyped_storage()).nbytes() < LEAST_BYTES:
-                return tensor
+                return as_saved(tensor)
             if storage.data_ptr() in stays:
-                return tensor
+                return as_saved(tensor)
             device.append(tensor.device)
             key = (storage.data_ptr(), storage.nbytes(), tensor._version)
             entry = block.entries.get(key)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sloth_plugins.checkpointing.repeat import NOW
+from sloth_plugins.checkpointing.repeat import NOW, as_saved
 
 LENGTHS = (64, 128)
 FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -49,20 +49,23 @@ class _Seen:
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """The hook: counts, and changes nothing."""
+        self._count(tensor)
+        return as_saved(tensor)  # type: ignore[no-any-return]
+
+    def _count(self, tensor: torch.Tensor) -> None:
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type == "meta":
-            return tensor
+            return
         norm = self.is_norm(tensor)
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), storage.nbytes()
         if key[0] in self.stays or key in self.storages:
-            return tensor
+            return
         self.storages[key] = storage
         self.saved += key[1]
         if norm:
             self.norms += key[1]
         elif self.input is not None and self.input.untyped_storage().data_ptr() != key[0]:
             self.mlp += key[1]
-        return tensor
 
     def layer(self, mlp: nn.Module | None, function: Callable[..., Any], *args: Any) -> Any:
         """A layer's `_gradient_checkpointing_func`."""

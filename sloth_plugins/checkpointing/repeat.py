@@ -27,6 +27,12 @@ class Recipe:
     make: Callable[[Any], Any]
 
 
+def as_saved(tensor: Any) -> Any:
+    """What a pack hook gives back for a tensor that stays: without its graph. A function's own output would
+    hold the function that has saved it, and both for ever where no backward comes."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
 def place(tensor: Any) -> tuple[Any, ...]:
     """What identifies a tensor for as long as it is alive: its address, shape, strides and dtype."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
