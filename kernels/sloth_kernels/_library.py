@@ -97,7 +97,7 @@ def launch(
     grid: tuple[int, ...],
     *args: Any,
     num_warps: int,
-    repeatable: Any = True,
+    repeatable: bool | int = True,
     **constants: Any,
 ) -> None:
     """`kernel[grid](*args, num_warps=..., **constants)`, without Triton's binding from the second call on.

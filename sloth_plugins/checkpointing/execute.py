@@ -35,11 +35,22 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import Rates, measure_rates, rates_for
-from sloth_plugins.checkpointing.repeat import EXPANDED, NOW, Recipe, Repeated, as_saved, place
+from sloth_plugins.checkpointing.repeat import (
+    ABSENT,
+    EXPANDED,
+    FLAGS,
+    NOW,
+    Recipe,
+    Repeated,
+    as_saved,
+    norms_noted,
+    place,
+    put_back,
+    tensors,
+)
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
-FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 # Smaller tensors stay: a copy of its own would cost more than it frees.
 LEAST_BYTES = 2**20
 # Without a budget, how much of the GPU's memory a plan may fill: there are allocations that no plan knows of.
@@ -54,7 +65,6 @@ NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
 OTHER_BITS = (
     "a norm gave other bits when it was run again, so its output is kept, for more memory than planned"
 )
-_ABSENT = object()
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -169,7 +179,7 @@ class Running:
     def __init__(self, model: nn.Module) -> None:
         layers = decoder_layers(model)
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._before = [{name: layer.__dict__.get(name, _ABSENT) for name in FLAGS} for layer in layers]
+        self._before = [{name: layer.__dict__.get(name, ABSENT) for name in FLAGS} for layer in layers]
         self.theirs = any(layer.gradient_checkpointing for layer in layers)
         """Whether somebody else's checkpointing was on: ours takes its place until undone."""
         self._wanted: list[dict[str, Any]] = []
@@ -237,7 +247,7 @@ class Running:
         """Flags that somebody set since are what undoing gives back."""
         for index, layer in enumerate(self.layers):
             if not isinstance(layer.__dict__.get(FLAGS[1]), _Ours):
-                self._before[index] = {name: layer.__dict__.get(name, _ABSENT) for name in FLAGS}
+                self._before[index] = {name: layer.__dict__.get(name, ABSENT) for name in FLAGS}
                 self.theirs = self.theirs or layer.gradient_checkpointing
 
     def stop(self) -> None:
@@ -252,7 +262,7 @@ class Running:
             for name, value in before.items():
                 if changed:
                     continue  # somebody set others since: theirs stay
-                if value is _ABSENT:
+                if value is ABSENT:
                     layer.__dict__.pop(name, None)
                 else:
                     layer.__dict__[name] = value
@@ -310,7 +320,7 @@ class _Ours:
             return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
             if option == "offload":
-                with _norms_noted(self.norms is not None):
+                with norms_noted(self.norms is not None):
                     return run(*args)
             return checkpoint(run, *args, use_reentrant=False)
 
@@ -320,15 +330,10 @@ def _with_mlp_again(mlp: nn.Module, tile: int | None, function: Callable[..., An
 
     The MLP's forward is what it was afterwards.
     """
-    inner, before = mlp.forward, mlp.__dict__.get("forward", _ABSENT)
-    mlp.__dict__["forward"] = functools.partial(_again, mlp, inner, tile)
-    try:
+    again = functools.partial(_again, mlp, mlp.forward, tile)
+    with put_back(mlp, "forward"):
+        mlp.__dict__["forward"] = again
         return function(*args)
-    finally:
-        if before is _ABSENT:
-            del mlp.__dict__["forward"]
-        else:
-            mlp.__dict__["forward"] = before
 
 
 def _again(
@@ -368,17 +373,6 @@ def mlp_of(layer: nn.Module, facts: ModelFacts) -> nn.Module | None:
 
 
 # Norms
-
-
-@contextmanager
-def _norms_noted(on: bool) -> Iterator[None]:
-    """Norms inside say how their outputs are made, if `on`."""
-    before = NOW.norms, NOW.output, NOW.recipe
-    NOW.norms, NOW.output, NOW.recipe = on, None, None
-    try:
-        yield
-    finally:
-        NOW.norms, NOW.output, NOW.recipe = before
 
 
 class _Made(NamedTuple):
@@ -447,7 +441,7 @@ class _Norms:
         def unpack(saved: Any) -> Any:
             return saved(saved.source) if isinstance(saved, _Made) else saved
 
-        with _norms_noted(True), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with norms_noted(True), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
 
@@ -542,7 +536,7 @@ class _Offload:
     def start_with(self, result: Any) -> None:
         """Let the copy back of the last block start when the backward reaches `result`."""
         block = self._last() if self._last is not None else None
-        first = next((t for t in _tensors(result) if t.requires_grad), None)
+        first = next((t for t in tensors(result) if t.requires_grad), None)
         if block is not None and first is not None:
             first.register_hook(functools.partial(self._start, weakref.ref(block)))  # type: ignore[no-untyped-call]
 
@@ -585,7 +579,7 @@ class _Offload:
         which other layers share."""
         self.drain(IN_FLIGHT - 1)
         stays = {t.untyped_storage().data_ptr() for t in self._weights(layer)}
-        stays |= {t.untyped_storage().data_ptr() for t in _tensors(keywords)}
+        stays |= {t.untyped_storage().data_ptr() for t in tensors(keywords)}
         block = _Block(self._last() if self._last is not None else None)
         device: list[torch.device] = []
 
@@ -665,14 +659,6 @@ def _host_memory(size: int, pinned: bool) -> torch.Tensor:
                 stacklevel=2,
             )
     return torch.empty(size, dtype=torch.uint8)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 # A budget and no plan

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from sloth_plugins.checkpointing.repeat import NOW, as_saved
+from sloth_plugins.checkpointing.repeat import FLAGS, as_saved, norms_noted, put_back, tensors
 
 LENGTHS = (64, 128)
-FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
-_ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +68,13 @@ class _Seen:
 
     def layer(self, mlp: nn.Module | None, function: Callable[..., Any], *args: Any) -> Any:
         """A layer's `_gradient_checkpointing_func`."""
-        shared = getattr(function, "keywords", {})
-        self.stays.update(t.untyped_storage().data_ptr() for t in shared.values() if torch.is_tensor(t))
-        for value in shared.values():
-            if isinstance(value, tuple | list):
-                self.stays.update(t.untyped_storage().data_ptr() for t in value if torch.is_tensor(t))
+        shared = tensors(getattr(function, "keywords", {}))
+        self.stays.update(t.untyped_storage().data_ptr() for t in shared)
         with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved):
             return function(*args) if mlp is None else self._with_mlp(mlp, function, *args)
 
     def _with_mlp(self, mlp: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-        inner, before = mlp.forward, mlp.__dict__.get("forward", _ABSENT)
+        inner = mlp.forward
 
         def forward(x: Any, *others: Any, **named: Any) -> Any:
             self.input = x if torch.is_tensor(x) else None
@@ -92,14 +88,9 @@ class _Seen:
                         self.mlp -= storage.nbytes()
                 self.input = None
 
-        mlp.__dict__["forward"] = forward
-        try:
+        with put_back(mlp, "forward"):
+            mlp.__dict__["forward"] = forward
             return function(*args)
-        finally:
-            if before is _ABSENT:
-                del mlp.__dict__["forward"]
-            else:
-                mlp.__dict__["forward"] = before
 
 
 def observe(
@@ -143,21 +134,12 @@ def _forward(
     seen = _Seen(is_norm, {t.untyped_storage().data_ptr() for t in weights if not t.is_meta})
     generator = torch.Generator().manual_seed(0x5107)
     ids = torch.randint(0, vocab, (1, length), generator=generator).to(device)
-    before = [{name: layer.__dict__.get(name, _ABSENT) for name in FLAGS} for layer in layers]
-    noting = NOW.norms, NOW.output, NOW.recipe
     devices = sorted({t.device.index or 0 for t in weights if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for layer, mlp in zip(layers, mlps, strict=True):
-                layer.__dict__.update({FLAGS[0]: True, FLAGS[1]: functools.partial(seen.layer, mlp)})
-            NOW.norms, NOW.output, NOW.recipe = True, None, None
-            backbone(input_ids=ids, use_cache=False)
-        finally:
-            NOW.norms, NOW.output, NOW.recipe = noting
-            for layer, flags in zip(layers, before, strict=True):
-                for name, value in flags.items():
-                    if value is _ABSENT:
-                        layer.__dict__.pop(name, None)
-                    else:
-                        layer.__dict__[name] = value
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(norms_noted(True))
+        for layer, mlp in zip(layers, mlps, strict=True):
+            stack.enter_context(put_back(layer, *FLAGS))
+            layer.__dict__.update({FLAGS[0]: True, FLAGS[1]: functools.partial(seen.layer, mlp)})
+        backbone(input_ids=ids, use_cache=False)
     return seen

@@ -13,9 +13,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+# By which transformers' layers are told how to be recomputed.
+FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,41 @@ class _Now(threading.local):
 
 
 NOW = _Now()  # of this thread: backwards run in others
+
+
+@contextmanager
+def norms_noted(on: bool) -> Iterator[None]:
+    """Norms inside say how their outputs are made, if `on`."""
+    before = NOW.norms, NOW.output, NOW.recipe
+    NOW.norms, NOW.output, NOW.recipe = on, None, None
+    try:
+        yield
+    finally:
+        NOW.norms, NOW.output, NOW.recipe = before
+
+
+@contextmanager
+def put_back(module: Any, *names: str) -> Iterator[None]:
+    """The module's own attributes of these names are afterwards what they were."""
+    own = module.__dict__
+    before = {name: own.get(name, ABSENT) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = value
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
 
 
 class Repeated:
