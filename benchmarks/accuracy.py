@@ -1,8 +1,8 @@
 """Whether training ends where it should: losses of a QLoRA run with sloth beside eager runs of other seeds.
 
-    python benchmarks/accuracy.py MODEL_DIR TEXTS.jsonl [--out rows.jsonl] [--steps 200] [--seeds 0 1 2]
+    python benchmarks/accuracy.py MODEL_DIR TEXTS [--out rows.jsonl] [--steps 200] [--seeds 0 1 2] [--jobs N]
 
-MODEL_DIR is a Hugging Face checkpoint (SmolLM2-135M-Instruct, say), TEXTS.jsonl has one object a line with
+MODEL_DIR is a Hugging Face checkpoint (SmolLM2-135M-Instruct, say), TEXTS has one object a line with
 "text", or "question" and "answer" (GSM8K). Everywhere the same: NF4 with double quantization, LoRA r=16,
 alpha=32 on all seven projections, batches of 8 rows of 256 tokens packed from the texts, bf16 autocast,
 AdamW with lr 2e-4 and 10 steps of linear warm-up. A seed fixes the adapters and the order of the rows. Each
@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the same device")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # seed:impl, in a child
     options = parser.parse_args()
     if options.only:
@@ -129,15 +131,20 @@ def main() -> None:
         row = run(options.directory, options.texts, int(seed), impl == "sloth", options.steps)
         print("ROW " + json.dumps(row), flush=True)
         return
-    rows = []
-    for case in [f"{options.seeds[0]}:sloth", *(f"{seed}:eager" for seed in options.seeds)]:
+
+    def child(case: str) -> dict[str, Any]:
         command = [sys.executable, __file__, str(options.directory), str(options.texts), "--only", case]
         done = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True)
         found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
         if not found:
-            sys.exit(f"{case} gave no row:\n{done.stderr[-2000:]}")
-        rows.append(json.loads(found[0]))
+            raise SystemExit(f"{case} gave no row:\n{done.stderr[-2000:]}")
         print(found[0], flush=True)
+        row: dict[str, Any] = json.loads(found[0])
+        return row
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        cases = [f"{options.seeds[0]}:sloth", *(f"{seed}:eager" for seed in options.seeds)]
+        rows = list(pool.map(child, cases))
     for key in ("train_loss", "held_out_loss"):
         ours, *eager = (row[key] for row in rows)
         within = min(eager) <= ours <= max(eager)
