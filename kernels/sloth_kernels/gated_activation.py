@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth_kernels._library import (
+    HAS_TRITON,
     INTERPRETED,
     differentiable_gradients,
     launch,
@@ -45,6 +46,33 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 # Two 16-byte loads (bf16) of each input a thread; one in a forward with little arithmetic (1 % on an H200).
 ELEMENTS_PER_THREAD = 16
 LIGHT_FORWARD_ELEMENTS_PER_THREAD = 8
+_PTX = HAS_TRITON and not INTERPRETED and torch.version.cuda is not None
+PTX = tl.constexpr(_PTX) if HAS_TRITON else _PTX  # kernels read no other globals
+
+
+@triton.jit
+def _sigmoid(g):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-g)) in float32, to 2 units in the last place; 0 where that is below 2^-126."""
+    if PTX:
+        # 4 instructions; with the ranges that tl.sigmoid takes care of it is 12. Not pure, or else Triton 3.6
+        # computes everything behind it once more for each layout in which it is used.
+        result = tl.inline_asm_elementwise(
+            """{
+                .reg .f32 t;
+                mul.rn.f32 t, $1, 0fBFB8AA3B;
+                ex2.approx.ftz.f32 t, t;
+                add.rn.f32 t, t, 0f3F800000;
+                rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [g],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        result = tl.sigmoid(g)
+    return result
 
 
 @triton.jit
@@ -63,7 +91,7 @@ def _activate(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         cdf = tl.where(u >= 0.0, larger, decay * larger)
         slope = cdf + g * (decay * larger * larger) * (1.5957691216057308 + 0.2140644488318007 * (z * z))
     else:
-        cdf = tl.sigmoid(g)
+        cdf = _sigmoid(g)
         slope = cdf * (1.0 + g * (1.0 - cdf))
     return g * cdf, slope
 

@@ -134,29 +134,30 @@ def _scale(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pair(byte, scale, code_ptr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two 16-bit weights of a byte as one 32-bit word."""
-    even = (tl.load(code_ptr + (byte >> 4)) * scale).to(ROUND).to(tl.uint16, bitcast=True)
-    odd = (tl.load(code_ptr + (byte & 15)) * scale).to(ROUND).to(tl.uint16, bitcast=True)
-    return (odd.to(tl.uint32) << 16) | even.to(tl.uint32)
+def _weight(word, SHIFT: tl.constexpr, scale, code_ptr):  # type: ignore[no-untyped-def]
+    """The weight at bits SHIFT to SHIFT + 3 of each word, in float32."""
+    return tl.load(code_ptr + ((word >> SHIFT) & 15)) * scale
 
 
 @triton.jit
 def _store_words(  # type: ignore[no-untyped-def]
     at, inside, word, scale, code_ptr, out_ptr, out_stride, A_ROW: tl.constexpr, ROUND: tl.constexpr
 ):
-    """Eight weights of each word into rows of out (32-bit words, out_stride apart)."""
+    """Eight weights of each word into rows of out, `out_stride` apart."""
     row = at // A_ROW
     column = at - row * A_ROW
-    low = tl.join(
-        _pair(word & 255, scale, code_ptr, ROUND), _pair((word >> 16) & 255, scale, code_ptr, ROUND)
+    # Joined before they are rounded: two by two, then, by one instruction.
+    even = tl.join(
+        tl.join(_weight(word, 4, scale, code_ptr), _weight(word, 20, scale, code_ptr)),
+        tl.join(_weight(word, 12, scale, code_ptr), _weight(word, 28, scale, code_ptr)),
     )
-    high = tl.join(
-        _pair((word >> 8) & 255, scale, code_ptr, ROUND), _pair((word >> 24) & 255, scale, code_ptr, ROUND)
+    odd = tl.join(
+        tl.join(_weight(word, 0, scale, code_ptr), _weight(word, 16, scale, code_ptr)),
+        tl.join(_weight(word, 8, scale, code_ptr), _weight(word, 24, scale, code_ptr)),
     )
-    pairs = tl.reshape(tl.join(low, high), (word.shape[0], 4))
-    to = out_ptr + (row.to(tl.int64) * out_stride + column * 4)[:, None] + tl.arange(0, 4)[None, :]
-    tl.store(to, pairs, mask=inside[:, None])
+    weights = tl.reshape(tl.join(even, odd), (word.shape[0], 8)).to(ROUND)
+    to = out_ptr + (row.to(tl.int64) * out_stride + column * 8)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(to, weights, mask=inside[:, None])
 
 
 @triton.jit
@@ -227,10 +228,10 @@ def _expand_16_bit_kernel(  # type: ignore[no-untyped-def]
         absmax2_ptr,
         code2_ptr,
         offset_ptr,
-        out_ptr.to(tl.pointer_type(tl.uint32), bitcast=True),
+        out_ptr,
         tl.program_id(0) * (4 * TILE),
         total,
-        out_stride // 2,
+        out_stride,
         A_ROW,
         A_BLOCK,
         BLOCKSIZE2,
@@ -288,10 +289,10 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
             tl.load(own + 6).to(tl.pointer_type(tl.float32)),
             tl.load(own + 7).to(tl.pointer_type(tl.float32)),
             tl.load(own + 8).to(tl.pointer_type(tl.float32)),
-            out_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + start * (out_stride // 2),
+            out_ptr + start * out_stride,
             (program - tl.load(own)).to(tl.int32) * (4 * TILE),
             (width * (K // 8)).to(tl.int32),
-            out_stride // 2,
+            out_stride,
             K // 8,
             BLOCKSIZE // 8,
             BLOCKSIZE2,
@@ -353,7 +354,7 @@ def expand_4bit(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    if out.dtype == state.dtype and _in_words(weight) and out.stride(0) % 2 == 0 and out.data_ptr() % 4 == 0:
+    if out.dtype == state.dtype and _in_words(weight):
         launch(
             _expand_16_bit_kernel,
             (-(-n * k // (8 * WORDS)),),
