@@ -6,10 +6,12 @@ MODEL_DIR is a Hugging Face checkpoint (SmolLM2-135M-Instruct, say), TEXTS has o
 "text", or "question" and "answer" (GSM8K). Everywhere the same: NF4 with double quantization, LoRA r=16,
 alpha=32 on all seven projections, batches of 8 rows of 256 tokens packed from the texts, bf16 autocast,
 AdamW with lr 2e-4 and 10 steps of linear warm-up. A seed fixes the adapters and the order of the rows. Each
-seed runs eager; the first one also runs patched by `sloth_plugins.accelerate`.
+seed runs eager and patched by `sloth_plugins.accelerate`.
 
 The final loss is the mean over the last 20 steps, and the loss on 16 held-out batches. A row says whether the
-patched run lies within the eager runs' spread, from least to largest.
+patched runs' mean lies within the eager runs' spread, from least to largest, and how far a patched run is at
+most from the eager run of its seed: patched runs that fall outside of the spread by no more than that are the
+eager runs at its ends.
 """
 
 from __future__ import annotations
@@ -142,15 +144,17 @@ def main() -> None:
         row: dict[str, Any] = json.loads(found[0])
         return row
 
+    cases = [f"{seed}:{impl}" for impl in ("eager", "sloth") for seed in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        cases = [f"{options.seeds[0]}:sloth", *(f"{seed}:eager" for seed in options.seeds)]
-        rows = list(pool.map(child, cases))
+        runs = list(pool.map(child, cases))
+    rows = [*runs]
     for key in ("train_loss", "held_out_loss"):
-        ours, *eager = (row[key] for row in rows)
-        within = min(eager) <= ours <= max(eager)
-        rows.append(
-            {"measurement": "spread", "of": key, "sloth": ours, "eager": sorted(eager), "within": within}
-        )
+        eager, ours = ([row[key] for row in runs if row["impl"] == impl] for impl in ("eager", "sloth"))
+        mean = sum(ours) / len(ours)
+        spread: dict[str, Any] = {"eager": eager, "sloth": ours, "sloth_mean": mean}
+        spread["mean_within"] = min(eager) <= mean <= max(eager)
+        spread["most_apart_of_one_seed"] = max(abs(x - y) for x, y in zip(eager, ours, strict=True))
+        rows.append({"measurement": "spread", "of": key, **spread})
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
