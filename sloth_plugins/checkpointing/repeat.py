@@ -50,6 +50,8 @@ class _Now(threading.local):
     """Whether norms are to say how their outputs are made."""
     output: Any = None
     """Of the last norm. It is held, so that nothing else gets its place in memory and is taken for it."""
+    place: tuple[Any, ...] = (0,)
+    """The output's."""
     recipe: Recipe | None = None
     """That of the output."""
     layer: str | None = None
@@ -64,12 +66,12 @@ NOW = _Now()  # of this thread: backwards run in others
 @contextmanager
 def norms_noted(on: bool) -> Iterator[None]:
     """Norms inside say how their outputs are made, if `on`."""
-    before = NOW.norms, NOW.output, NOW.recipe
+    before = NOW.norms, NOW.output, NOW.place, NOW.recipe
     NOW.norms, NOW.output, NOW.recipe = on, None, None
     try:
         yield
     finally:
-        NOW.norms, NOW.output, NOW.recipe = before
+        NOW.norms, NOW.output, NOW.place, NOW.recipe = before
 
 
 @contextmanager
@@ -128,6 +130,7 @@ def call_unread(module: Any, x: Any) -> Any:
 def note(module: Any, output: Any, source: Any, make: Callable[[Any], Any]) -> None:
     """A norm's output and how `make` gets it from `source`, which the norm's function saves."""
     NOW.output, NOW.recipe = output.detach(), Recipe(module=module, source=source.detach(), make=make)
+    NOW.place = place(NOW.output)
 
 
 def narrowed(x: Any, dtype: Any) -> Any:
@@ -136,9 +139,10 @@ def narrowed(x: Any, dtype: Any) -> Any:
         return x
     result = x.to(dtype)
     recipe = NOW.recipe
-    if NOW.norms and recipe is not None and place(x) == place(NOW.output):
+    if NOW.norms and recipe is not None and place(x) == NOW.place:
         make = recipe.make
         NOW.output = result.detach()
+        NOW.place = place(NOW.output)
         NOW.recipe = Recipe(module=recipe.module, source=recipe.source, make=lambda x: make(x).to(dtype))
     return result
 
