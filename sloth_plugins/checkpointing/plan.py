@@ -11,7 +11,9 @@ A layer takes one of OPTIONS, which say of each tensor class whether it is kept,
 Beside that every layer's MLP may be made again in the backward, under all options, in one piece or in tiles
 of tokens: all of gate and up is then never there, which counts for long rows and small budgets. And the
 outputs of norms may be made again from the norms' inputs, which are saved beside them, for one pass over
-memory. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
+memory. And frozen input embeddings may be in host memory, from where a step reads its tokens' rows before
+anything else can start. Where everything is kept and there is memory left, layers keep their 4-bit weights
+expanded.
 
 Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
 that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
@@ -34,7 +36,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
 from sloth_plugins.checkpointing.rates import Rates
@@ -191,6 +193,8 @@ class CheckpointPlan:
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
     mlps_again: bool = False
     """Each MLP is made again in the backward, as always where it is in several parts."""
+    embeddings_on_host: bool = False
+    """The input embeddings are in host memory, and read from there."""
     expanded: int = 0
     """Of how many layers, from the first on, the 4-bit weights stay expanded between forward and backward."""
 
@@ -204,9 +208,10 @@ class CheckpointPlan:
         tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else tiles
         expanded = f", weights of {self.expanded} expanded" if self.expanded else ""
         norms = ", norms again" if self.norms_again else ""
+        embeddings = ", embeddings in host memory" if self.embeddings_on_host else ""
         tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
-            f"{named} of {len(self.layers)} layers{tiles}{norms}{expanded} at {tokens}: "
+            f"{named} of {len(self.layers)} layers{tiles}{norms}{embeddings}{expanded} at {tokens}: "
             f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
         )
 
@@ -254,6 +259,11 @@ class CheckpointPlan:
         return self.expanded * self.facts.expanded_bytes
 
     @property
+    def moved_bytes(self) -> int:
+        """What the input embeddings in host memory would take on the device."""
+        return self.facts.movable_bytes if self.embeddings_on_host else 0
+
+    @property
     def _way(self) -> tuple[int, bool, bool]:
         return self.mlp_tiles, self.norms_again, self.mlps_again
 
@@ -266,7 +276,7 @@ class CheckpointPlan:
         """The predicted peak in bytes, part by part, and the margin on top of it."""
         options = self.costs().options
         parts = {
-            "weights": self.facts.weights_bytes,
+            "weights": self.facts.weights_bytes - self.moved_bytes,
             "optimizer": self.facts.optimizer_state_bytes,
             **({"expanded weights": self.expanded_bytes} if self.expanded else {}),
             "kept activations": sum(options[name].kept_bytes for name in self.layers),
@@ -282,7 +292,7 @@ class CheckpointPlan:
         facts, shape = self.facts, self.shape
         options = self.costs().options
         work, grads = facts.workspace_bytes(shape, *self._way), facts.gradient_bytes
-        base = fixed_bytes(facts) + facts.ends_bytes(shape) + self.expanded_bytes
+        base = fixed_bytes(facts, self.embeddings_on_host) + facts.ends_bytes(shape) + self.expanded_bytes
         full, rows, held = options["keep"].kept_bytes, [], base
         leaving = [options[name].host_bytes for name in self.layers]
         for index, name in enumerate(self.layers):
@@ -336,6 +346,10 @@ class CheckpointPlan:
             raise BadInputError(
                 f"{where}: expanded={made.expanded!r}: allowed is 0 to {made.facts.layers}, its layers"
             )
+        if not isinstance(made.embeddings_on_host, bool):
+            raise BadInputError(
+                f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
+            )
         if unknown or len(made.layers) != made.facts.layers:
             raise BadInputError(
                 f"{where}: allowed is one of {', '.join(OPTIONS)} for each of {made.facts.layers} layers"
@@ -356,10 +370,11 @@ class CheckpointPlan:
         return cls.from_dict(values, repr(str(path)))
 
 
-def fixed_bytes(facts: ModelFacts) -> int:
+def fixed_bytes(facts: ModelFacts, embeddings_on_host: bool = False) -> int:
     """What is on the device all the time: weights, optimizer state, and gradients that accumulate."""
     gradients = facts.gradient_bytes if facts.accumulates else 0
-    return facts.weights_bytes + facts.optimizer_state_bytes + gradients
+    moved = facts.movable_bytes if embeddings_on_host else 0
+    return facts.weights_bytes - moved + facts.optimizer_state_bytes + gradients
 
 
 def plan(
@@ -373,27 +388,29 @@ def plan(
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
     mlps: Sequence[bool] = (False, True),
+    embeddings: Sequence[bool] = (False, True),
     expanded: float = 1.0,
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
-    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise. `expanded`: the
-    share of what is left of the budget that expanded weights may take. Raises BadInputError, with the
-    smallest budget that fits, where none does.
+    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise; `embeddings`:
+    whether the input embeddings may be in host memory, likewise. `expanded`: the share of what is left of the
+    budget that expanded weights may take. Raises BadInputError, with the smallest budget that fits, where
+    none does.
     """
     best: CheckpointPlan | None = None
-    for way in _ways(facts, _tiles(shape, tiles), norms, mlps):
+    for way in _ways(facts, _tiles(shape, tiles), norms, mlps, embeddings):
         best = _search(facts, shape, budget_bytes, rates, host_bytes, allow, way, best) or best
     if best is not None:
         return _with_expanded(best, expanded)
-    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps, embeddings)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
-        "weights": facts.weights_bytes,
+        "weights": facts.weights_bytes - smallest.moved_bytes,
         "the optimizer's state": facts.optimizer_state_bytes,
-        "activations and work space": smallest.peak_bytes - fixed_bytes(facts),
+        "activations and work space": smallest.peak_bytes - fixed_bytes(facts, smallest.embeddings_on_host),
     }
     driver = max(parts, key=lambda name: parts[name])
     raise BadInputError(
@@ -432,9 +449,10 @@ def smallest_budget_bytes(
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
     mlps: Sequence[bool] = (False, True),
+    embeddings: Sequence[bool] = (False, True),
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps, embeddings)
     return least.peak_bytes + least.margin_bytes
 
 
@@ -444,18 +462,33 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
     return [count for count in sorted(set(tiles)) if count == 1 or shape.tokens >= count * LEAST_TILE]
 
 
+class _Way(NamedTuple):
+    """What all layers have in common, and where the input embeddings are."""
+
+    mlp_tiles: int
+    norms_again: bool
+    mlps_again: bool
+    embeddings_on_host: bool
+
+
 def _ways(
-    facts: ModelFacts, tiles: Sequence[int], norms: Sequence[bool], mlps: Sequence[bool]
-) -> list[tuple[int, bool, bool]]:
-    """(MLP tiles, whether norms and MLPs in one piece are made again): what all layers have in common."""
-    for name, given in (("norms", norms), ("mlps", mlps)):
+    facts: ModelFacts,
+    tiles: Sequence[int],
+    norms: Sequence[bool],
+    mlps: Sequence[bool],
+    embeddings: Sequence[bool],
+) -> list[_Way]:
+    """All of them; first those with the embeddings on the device, which win where others are no faster."""
+    for name, given in (("norms", norms), ("mlps", mlps), ("embeddings", embeddings)):
         if False not in given:
             raise BadInputError(f"{name}={tuple(given)!r}: allowed are False, and True beside it")
     # Elsewhere torch's checkpointing of an MLP holds its input.
     of_norms = sorted(set(norms)) if facts.fused_mlp else [False]
     of_mlps = sorted(set(mlps)) if facts.fused_mlp else [False]
+    of_embeddings = sorted(set(embeddings)) if facts.movable_bytes else [False]
     return [
-        (count, of_norm, of_mlp)
+        _Way(count, of_norm, of_mlp, on_host)
+        for on_host in of_embeddings
         for count in tiles
         for of_mlp in (of_mlps if count == 1 else [False])
         for of_norm in of_norms
@@ -471,11 +504,15 @@ def _smallest(
     tiles: Sequence[int],
     norms: Sequence[bool],
     mlps: Sequence[bool],
+    embeddings: Sequence[bool],
 ) -> CheckpointPlan:
-    """The plan that needs the least memory: smaller tiles never need more."""
+    """The plan that needs the least memory: smaller tiles never need more, embeddings on the host less."""
+    ways = _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, mlps, embeddings)
+    if host_limit is None:
+        ways = [way for way in ways if way.embeddings_on_host == ways[-1].embeddings_on_host]
     found = [
         made
-        for way in _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, mlps)
+        for way in ways
         if (made := _search(facts, shape, None, rates, host_limit, allow, way, None)) is not None
     ]
     return min(found, key=lambda made: (made.peak_bytes + made.margin_bytes, made.mlp_tiles))
@@ -488,31 +525,35 @@ def _search(
     rates: Rates,
     host_limit: int | None,
     allow: Sequence[str],
-    way: tuple[int, bool, bool],
+    way: _Way,
     at_most: CheckpointPlan | None,
 ) -> CheckpointPlan | None:
     """The fastest plan within the budget, of equal ones that which does least; None: the smallest.
 
-    In one of `_ways`, and faster than `at_most` if that is given; None where there is none.
+    In one of the `_ways`, and faster than `at_most` if that is given; None where there is none.
     """
     import torch
 
     unknown = [name for name in allow if name not in OPTIONS]
     if unknown or "keep" not in allow:
         raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
-    mlp_tiles, norms_again, mlps_again = way
-    cost, layers = costs(facts, shape, rates, *way), facts.layers
+    mlp_tiles, norms_again, mlps_again, on_host = way
+    cost, layers = costs(facts, shape, rates, *way[:3]), facts.layers
     options = cost.options
     full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
-    fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
-    work, head = facts.workspace_bytes(shape, *way), facts.head_bytes(shape)
+    fixed, ends = fixed_bytes(facts, on_host), facts.ends_bytes(shape)
+    work, head = facts.workspace_bytes(shape, *way[:3]), facts.head_bytes(shape)
     gradients = 0 if facts.accumulates else facts.gradient_bytes
     beside = (layers - 1) / layers
     to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
     step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
     waits_forward = max(0.0, layers * (cost.host_forward_s - cost.forward_s))
+    moved = facts.movable_bytes if on_host else 0
+    if moved and host_limit is not None:
+        host_limit -= moved
+    read_s = facts.embedding_read_bytes(shape) / from_host if on_host else 0.0
     slowest = float("inf") if at_most is None else round(at_most.recompute_s + at_most.stall_s, 12)
-    if layers * cost.tiled_s >= slowest:
+    if layers * cost.tiled_s + read_s >= slowest:
         return None
 
     # Counts of layers: offloaded (never the last one); whose MLP, and that wholly, are recomputed.
@@ -530,7 +571,7 @@ def _search(
         + of_layer.double() * options["recompute"].recompute_s
     )
     columns = [offloaded, of_mlp, of_layer, rest, again]
-    left = (rest >= (offloaded > 0).long()) & (again < slowest)
+    left = (rest >= (offloaded > 0).long()) & (again + read_s < slowest)
     columns = [column[left] for column in columns]
 
     def memory(columns: list[Any], inputs: Any) -> tuple[Any, Any]:
@@ -597,15 +638,16 @@ def _search(
             (copied.double() / to_host - layers * cost.forward_s * beside).clamp(min=0)
             + (copied.double() / from_host - (layers * cost.backward_s + again) * beside).clamp(min=0)
             + first.clamp(min=0)
+            + read_s
         )
         launches = layers * cost.host_backward_s + of_layer.double() * cost.host_again_s
         waits = waits_forward + (launches - layers * cost.backward_s - again).clamp(min=0)
-        # Copies and the host's launches go on beside each other.
+        # Copies, the read of embeddings among them, and the host's launches go on beside each other.
         stall = stall.maximum(waits)
         fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
         if budget is not None:
             fits = fits & (peak + margin <= budget)
-        work_s = again + copied.double() / to_host  # also what hides behind the host's launches
+        work_s = again + copied.double() / to_host + read_s  # also what hides behind the host's launches
         time_s = ((again + stall) * 1e12).round() / 1e12  # equal ones are equal in the last bits, too
         wanted = (time_s, work_s) if budget is not None else (peak + margin, time_s)
         figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
@@ -631,13 +673,14 @@ def _search(
         budget_bytes=peak_bytes + margin_bytes if budget is None else budget,
         peak_bytes=peak_bytes,
         margin_bytes=margin_bytes,
-        host_bytes=host,
+        host_bytes=host + moved,
         step_s=step + again_s + stall_s,
         recompute_s=again_s,
         stall_s=stall_s,
         mlp_tiles=mlp_tiles,
         norms_again=norms_again,
         mlps_again=mlps_again,
+        embeddings_on_host=on_host,
     )
 
 

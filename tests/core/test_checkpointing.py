@@ -29,6 +29,8 @@ LLAMA_8B: dict[str, Any] = {
     "vocab": 128256,
 }  # fmt: skip
 QLORA = {"weights": "nf4_double"}
+STAYS = {**QLORA, "embedding_bytes": 0}
+"""QLoRA with input embeddings that can't leave the device."""
 PLAIN = {**QLORA, "stream_bytes": 4, "fused": False, "fused_head": False}
 H200 = KNOWN["h200"]
 
@@ -99,7 +101,8 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     facts = ModelFacts.from_model(model)
     same = ModelFacts.from_config(config, rank=0)
-    assert facts.replace(resident_bytes=None) == same
+    assert facts.replace(resident_bytes=None, embedding_bytes=None) == same
+    assert facts.embedding_bytes == same.movable_bytes == 0  # trained
     assert facts.resident_bytes == sum(2 * p.numel() for p in model.parameters())
     with pytest.raises(ValueError, match=r"'mixtral': the memory of expert layers"):
         from transformers import MixtralConfig
@@ -124,9 +127,14 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         for way in itertools.product(tile_counts, (False, True), (False, True))
         if way[0] == 1 or not way[2]
     }
-    head, ends, fixed = facts.head_bytes(shape), facts.ends_bytes(shape), fixed_bytes(facts)
-    gradients = facts.gradient_bytes
-    for way, mlp, whole, inputs, offloaded in itertools.product(ways, *[range(n + 1)] * 4):
+    head, ends, gradients = facts.head_bytes(shape), facts.ends_bytes(shape), facts.gradient_bytes
+    # (bytes on the device all the time, time that the device waits for the rows of its tokens)
+    places = [(fixed_bytes(facts), 0.0)]
+    if facts.movable_bytes:
+        read = facts.movable_bytes / facts.vocab * shape.tokens / rates.from_host_gb_s / 1e9
+        places.append((fixed_bytes(facts) - facts.movable_bytes, read))
+    counts_of = itertools.product(ways, places, *[range(n + 1)] * 4)
+    for way, (fixed, read_s), mlp, whole, inputs, offloaded in counts_of:
         (tiles, _, mlps), (cost, work) = way, ways[way]
         o = cost.options
         full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
@@ -158,7 +166,7 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
         late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
         behind = cost.backward_s + cost.tiled_s if inputs < n else 0
-        late += max(0.0, coming / rates.from_host_gb_s / 1e9 - behind)
+        late += max(0.0, coming / rates.from_host_gb_s / 1e9 - behind) + read_s
         launches = n * cost.host_backward_s + (whole + inputs) * cost.host_again_s
         waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
         waits += max(0.0, launches - n * cost.backward_s - again)
@@ -169,9 +177,10 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
 
 @pytest.mark.parametrize("gpu", ["h200", "4090", "t4"])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.8, 0.99])
-@pytest.mark.parametrize("layers", [1, 2, 7])
-def test_no_plan_is_faster(gpu: str, share: float, layers: int) -> None:
-    facts, shape = llama_8b(layers=layers, vocab=1000, **QLORA), Shape(batch=2, seq=4096)
+@pytest.mark.parametrize(("layers", "vocab"), [(1, 1000), (2, 1000), (7, 1000), (5, 64_000)])
+def test_no_plan_is_faster(gpu: str, share: float, layers: int, vocab: int) -> None:
+    """With embeddings that are small, and those that are as large as some layers."""
+    facts, shape = llama_8b(layers=layers, vocab=vocab, **QLORA), Shape(batch=2, seq=4096)
     least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
     most = plan(facts, shape, 2**40, KNOWN[gpu])
     budget = int(least + share * (most.peak_bytes + most.margin_bytes - least))
@@ -184,7 +193,7 @@ def test_no_plan_is_faster(gpu: str, share: float, layers: int) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["h200", "4090"])
-@pytest.mark.parametrize("changes", [QLORA, {}, PLAIN, {"rank": 0}], ids=["qlora", "lora", "plain", "full"])
+@pytest.mark.parametrize("changes", [STAYS, {}, PLAIN, {"rank": 0}], ids=["qlora", "lora", "plain", "full"])
 def test_the_timeline_stays_below_the_peak(gpu: str, changes: dict[str, Any]) -> None:
     facts, shape = llama_8b(**changes), Shape(batch=2, seq=4096)
     least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
@@ -217,9 +226,58 @@ def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
     assert not any("offload" in name for name in plan(facts, shape, budget, slow).layers)
 
 
+def test_embeddings_are_in_host_memory_where_the_step_gets_faster_or_only_then_fits() -> None:
+    """2 x 2048 tokens of an 8B model: 1002 MiB less on the device for 0.6 ms."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    moved, read = 128256 * 4096 * 2, 4096 * 4096 * 2
+    assert facts.movable_bytes == moved and facts.embedding_read_bytes(shape) == read
+    made = plan(facts, shape, 7 * 2**30, H200)
+    assert made.embeddings_on_host and "embeddings in host memory" in str(made)
+    stay = plan(facts, shape, 7 * 2**30, H200, embeddings=(False,))
+    assert stay == plan(llama_8b(**STAYS), shape, 7 * 2**30, H200).__class__(
+        **{**vars(stay), "facts": stay.facts}
+    )
+    assert not stay.embeddings_on_host and made.step_s < stay.step_s
+    # As a budget with as much more, but for the time of the rows.
+    more = plan(llama_8b(**STAYS), shape, 7 * 2**30 + moved, H200)
+    assert made.layers == more.layers and made.peak_bytes == more.peak_bytes - moved
+    assert made.step_s - more.step_s == pytest.approx(read / H200.from_host_gb_s / 1e9, rel=1e-6)
+    assert made.host_bytes == more.host_bytes + moved
+    assert made.memory()["weights"] == stay.memory()["weights"] - moved
+    assert made.timeline()[-1][1] == stay.timeline()[-1][1] - moved
+    assert CheckpointPlan.from_dict(made.to_dict()) == made
+    with pytest.raises(ValueError, match="embeddings_on_host=1: allowed are true and false"):
+        CheckpointPlan.from_dict({**made.to_dict(), "embeddings_on_host": 1})
+    # Where all is kept anyway they stay, also where the link is so slow that it does not pay.
+    assert not plan(facts, shape, 2**40, H200).embeddings_on_host
+    slow = Rates(**{**H200.to_dict(), "from_host_gb_s": 0.1, "to_host_gb_s": 0.1})
+    assert not plan(facts, shape, 12 * 2**30, slow).embeddings_on_host
+    assert plan(facts, shape, 12 * 2**30, H200).embeddings_on_host
+    assert plan(facts, shape, smallest_budget_bytes(facts, shape, slow), slow).embeddings_on_host
+    # They count as host memory.
+    assert not plan(facts, shape, 7 * 2**30, H200, host_bytes=moved - 1).embeddings_on_host
+    with pytest.raises(ValueError, match=r"embeddings=\(True,\): allowed are False"):
+        plan(facts, shape, 7 * 2**30, H200, embeddings=(True,))
+    for changes in ({"tied": True}, {"embedding_bytes": 0}):
+        assert not llama_8b(**{**QLORA, **changes}).movable_bytes
+    assert not llama_8b(rank=0).movable_bytes and llama_8b(**PLAIN).movable_bytes == 2 * moved
+
+
+def test_the_smallest_budget_counts_with_embeddings_in_host_memory() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    least, stay = (smallest_budget_bytes(llama_8b(**kind), shape, H200) for kind in (QLORA, STAYS))
+    assert least == stay - facts.movable_bytes
+    assert smallest_budget_bytes(facts, shape, H200, embeddings=(False,)) == stay
+    with pytest.raises(ValueError, match=r"at least .* of which weights take 4\.5") as error:
+        plan(facts, shape, least - 2**20, H200)
+    assert f"{-(-least // 2**20)} MiB" in str(error.value)
+    none_left = smallest_budget_bytes(facts, shape, H200, host_bytes=0)
+    assert none_left > stay and not plan(facts, shape, none_left, H200, host_bytes=0).embeddings_on_host
+
+
 def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
     """An 8B model: 6.84 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
-    facts, short, long = llama_8b(**QLORA), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
+    facts, short, long = llama_8b(**STAYS), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
     for shape, budget in ((short, int(6.84 * 2**30)), (long, 24 * 2**30)):
         assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
         made = plan(facts, shape, budget, H200)
@@ -237,7 +295,7 @@ def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
 
 def test_mlps_are_made_again_in_one_piece_before_tiles_are_taken() -> None:
     """7.0 GiB for 2 x 2048 tokens; of fused MLPs alone."""
-    facts, shape, budget = llama_8b(**QLORA), Shape(batch=2, seq=2048), 7 * 2**30
+    facts, shape, budget = llama_8b(**STAYS), Shape(batch=2, seq=2048), 7 * 2**30
     made = plan(facts, shape, budget, H200)
     assert made.mlps_again and made.mlp_tiles == 1 and "MLPs again" in str(made)
     assert {made.classes(layer)["gate_up"] for layer in range(32)} == {"recompute"}
@@ -265,7 +323,7 @@ def test_limits_on_host_memory_and_options() -> None:
 
 
 def test_a_budget_that_is_too_small_names_the_smallest() -> None:
-    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    facts, shape = llama_8b(**STAYS), Shape(batch=2, seq=2048)
     with pytest.raises(
         ValueError, match=r"memory_budget_bytes=6\.00 GiB: 2 x 2048 tokens need at least"
     ) as error:
@@ -455,10 +513,11 @@ def test_the_command_prints_draws_and_saves(directory: Path, capsys: pytest.Capt
     assert CheckpointPlan.load(file) == made
     assert values["memory_plan"]["peak_bytes"] == made.peak_bytes
     assert sum(values["memory_plan"]["memory"].values()) == made.peak_bytes + made.margin_bytes
-    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "7GiB")
+    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "6GiB")
     assert code == 0 and "MLPs run in one piece and are made again" in out
-    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "6.84GiB")
-    small = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), int(6.84 * 2**30), H200)
+    assert "the input embeddings are read from host memory (0.98 GiB)" in out
+    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "5.86GiB")
+    small = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), int(5.86 * 2**30), H200)
     assert f"MLPs run in {small.mlp_tiles} tiles of {small.tile_tokens} tokens" in out
     kept = small.costs().options["keep"].kept_bytes
     assert code == 0 and f"{kept / 2**20:.0f} " in out
