@@ -27,6 +27,7 @@ from sloth_plugins.checkpointing.host import HostWeight, StaysError, host_memory
 from sloth_plugins.checkpointing.observe import Observed, observe
 from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
+    OPTIONS,
     TILES,
     CheckpointPlan,
     costs,
@@ -58,11 +59,13 @@ LEAST_BYTES = 2**20
 OF_FREE = 0.85
 # What a plan that keeps all chooses from. Nobody has asked for it, so half of what it leaves stays free.
 KEEP_ALL: dict[str, Any] = {
-    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "mlps": (False,), "embeddings": (False,)},
+    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "embeddings": (False,)},
     "expanded": 0.5,
 }
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
-NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
+NORMS_AGAIN = ("keep", "recompute_mlp", "recompute_mlp_offload", "offload")
+# For models whose MLPs are not found.
+WITHOUT_MLPS = tuple(name for name in OPTIONS if "mlp" not in name)
 OTHER_BITS = (
     "a norm gave other bits when it was run again, so its output is kept, for more memory than planned"
 )
@@ -220,10 +223,10 @@ class Running:
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         last = chosen.last_offloaded
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
-            again = tile or chosen.mlps_again or option.startswith("recompute")
+            again = tile or option.startswith("recompute")
             mlp = mlp_of(layer, chosen.facts) if again else None
-            if option == "recompute_mlp" and mlp is None:
-                option = "recompute"
+            if mlp is None:
+                option = option.replace("_mlp", "")
             in_flight, starts = chosen.in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
@@ -356,7 +359,7 @@ class _Ours:
         if option == "recompute":
             return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
-            if option == "offload":
+            if option in ("offload", "recompute_mlp_offload"):
                 with norms_noted(self.norms is not None):
                     return run(*args)
             return checkpoint(run, *args, use_reentrant=False)
@@ -749,7 +752,7 @@ class Automatic:
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         split = all(mlp is not None for mlp in mlps)
         self.tiles = TILES if split else (1,)
-        self.mlps: tuple[bool, ...] = (False, True) if split else (False,)
+        self.allow = OPTIONS if split else WITHOUT_MLPS
         both = {"rms_norm", "add_rms_norm"} <= self.ops
         self.norms: tuple[bool, ...] = (False, True) if both else (False,)
         self.embeddings: tuple[bool, ...] = (False, True)
@@ -787,8 +790,8 @@ class Automatic:
     def ways(self) -> dict[str, Any]:
         """What the planner may choose from."""
         return {
-            **{"tiles": self.tiles, "norms": self.norms, "mlps": self.mlps},
-            "embeddings": self.embeddings,
+            **{"allow": self.allow, "tiles": self.tiles},
+            **{"norms": self.norms, "embeddings": self.embeddings},
         }
 
     @property

@@ -361,13 +361,11 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
-    def workspace_bytes(
-        self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False, mlps_again: bool = False
-    ) -> int:
+    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False) -> int:
         """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
 
         mlp_tiles: parts of the tokens, one of which is in the MLP at a time; beyond 1 with what it saves, and
-        with the parts of its input's gradient beside the whole. mlps_again: with what it saves, in one piece.
+        with the parts of its input's gradient beside the whole.
         """
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = (-(-self.rank // 16) * 16) if self.rank else 0
@@ -386,8 +384,6 @@ class ModelFacts:
             expanded = (2 * i + 2 * columns) * (h + ROW) * e + (h + columns) * (i + ROW) * e
         else:
             expanded = h * i * e
-        if mlps_again and mlp_tiles == 1:
-            gradients += self.mlp_bytes(shape) - self.lean_bytes(shape)
         return expanded + gradients + (t * h * e if norms_again else 0)
 
     @property
