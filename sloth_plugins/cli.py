@@ -717,8 +717,8 @@ def _show_memory_plan(console: Console, plan: CheckpointPlan) -> None:
     _table(console, title, columns, rows)
     if plan.mlp_tiles > 1:
         _line(console, f"MLPs run in {plan.mlp_tiles} tiles of {plan.tile_tokens} tokens")
-    elif plan.mlps_again:
-        _line(console, "MLPs run in one piece and are made again in the backward")
+    if plan.embeddings_on_host:
+        _line(console, f"the input embeddings are read from host memory ({plan.moved_bytes / 2**30:.2f} GiB)")
     sizes = [(name, f"{size / 2**30:.2f}") for name, size in plan.memory().items()]
     _table(
         console,

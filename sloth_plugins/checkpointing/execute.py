@@ -24,9 +24,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sloth_plugins.checkpointing.facts import ModelFacts, Shape
+from sloth_plugins.checkpointing.host import HostWeight, StaysError, host_memory, movable_embedding
 from sloth_plugins.checkpointing.observe import Observed, observe
 from sloth_plugins.checkpointing.plan import (
     IN_FLIGHT,
+    OPTIONS,
     TILES,
     CheckpointPlan,
     costs,
@@ -58,11 +60,13 @@ LEAST_BYTES = 2**20
 OF_FREE = 0.85
 # What a plan that keeps all chooses from. Nobody has asked for it, so half of what it leaves stays free.
 KEEP_ALL: dict[str, Any] = {
-    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "mlps": (False,)},
+    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "embeddings": (False,)},
     "expanded": 0.5,
 }
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
-NORMS_AGAIN = ("keep", "recompute_mlp", "offload")
+NORMS_AGAIN = ("keep", "recompute_mlp", "recompute_mlp_offload", "offload")
+# For models whose MLPs are not found.
+WITHOUT_MLPS = tuple(name for name in OPTIONS if "mlp" not in name)
 OTHER_BITS = (
     "a norm gave other bits when it was run again, so its output is kept, for more memory than planned"
 )
@@ -91,6 +95,8 @@ def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
     """Carry `chosen` out on `model`; gives the function that undoes it."""
     running = Running(model)
     running.use(chosen)
+    if running.embeddings_stay:
+        warnings.warn(f"sloth: {running.embeddings_stay}, for more memory than planned", stacklevel=3)
     return before_training_forwards(model, running, lambda args, kwargs: running.begin())
 
 
@@ -179,6 +185,7 @@ class Running:
 
     def __init__(self, model: nn.Module) -> None:
         layers = decoder_layers(model)
+        self._model = weakref.ref(model)
         self._layers = [weakref.ref(layer) for layer in layers]
         self._before = [{name: layer.__dict__.get(name, ABSENT) for name in FLAGS} for layer in layers]
         self.theirs = any(layer.gradient_checkpointing for layer in layers)
@@ -186,6 +193,17 @@ class Running:
         self._wanted: list[dict[str, Any]] = []
         self.norms = _Norms()
         self._offload = _Offload(self.norms)
+        self._embedding: HostWeight | None = None
+        self.embeddings_stay = ""
+        """Why the input embeddings are on the device although the plan wants them elsewhere."""
+
+    @property
+    def movable_bytes(self) -> int:
+        """What the device need not hold of the input embeddings, wherever they are now."""
+        weight = self._embedding.weight if self._embedding is not None else None
+        if weight is None and (model := self._model()) is not None:
+            weight = movable_embedding(model)
+        return 0 if weight is None else weight.numel() * weight.element_size()
 
     @property
     def layers(self) -> list[Any]:
@@ -201,14 +219,15 @@ class Running:
             )
         self._notice()
         self._wanted = []
+        self._place_embeddings(chosen.embeddings_on_host)
         self._expand(chosen.expanded)
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         last = chosen.last_offloaded
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
-            again = tile or chosen.mlps_again or option.startswith("recompute")
+            again = tile or option.startswith("recompute")
             mlp = mlp_of(layer, chosen.facts) if again else None
-            if option == "recompute_mlp" and mlp is None:
-                option = "recompute"
+            if mlp is None:
+                option = option.replace("_mlp", "")
             in_flight, starts = chosen.in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
@@ -217,6 +236,26 @@ class Running:
             on = option != "keep" or waits or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
+
+    def _place_embeddings(self, on_host: bool) -> None:
+        """Have the input embeddings in host memory, or what is there of them back on the device."""
+        self.embeddings_stay = ""
+        there = self._embedding is not None and self._embedding.weight is not None
+        if on_host == there:
+            return
+        if self._embedding is not None and (on_host or self._embedding.restore()):
+            self._embedding = None
+        model = self._model()
+        if not on_host or model is None:
+            return
+        weight = movable_embedding(model)
+        why = "they are trained, shared or not on a GPU"
+        try:
+            self._embedding = HostWeight(weight) if weight is not None else None
+        except StaysError as error:
+            why = str(error)
+        if self._embedding is None:
+            self.embeddings_stay = f"the input embeddings stay on the device: {why}"
 
     def _expand(self, count: int) -> None:
         """Let the modules of the first `count` layers keep their 4-bit weights expanded, and no others."""
@@ -254,6 +293,7 @@ class Running:
     def stop(self) -> None:
         """Give each layer the flags back that it had."""
         self._offload.drain()
+        self._place_embeddings(False)
         self._expand(0)
         for ref, before, ours in zip(self._layers, self._before, self._wanted, strict=False):
             layer = ref()
@@ -320,7 +360,7 @@ class _Ours:
         if option == "recompute":
             return checkpoint(run, *args, use_reentrant=False)
         with self.offload.layer(layer, getattr(function, "keywords", {})):
-            if option == "offload":
+            if option in ("offload", "recompute_mlp_offload"):
                 with norms_noted(self.norms is not None):
                     return run(*args)
             return checkpoint(run, *args, use_reentrant=False)
@@ -503,7 +543,7 @@ class _Entry:
         self.arrived: Any = None
         self.stream: Any = None
         """Where `back` was allocated, and will be freed."""
-        self.host = _host_memory(source.numel(), source.is_cuda)
+        self.host = host_memory(source.numel(), source.is_cuda)
         if side is None:
             self.host.copy_(source)
             return
@@ -693,22 +733,6 @@ def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
-_unpinned: list[str] = []
-
-
-def _host_memory(size: int, pinned: bool) -> torch.Tensor:
-    if pinned and not _unpinned:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            _unpinned.append(str(error))
-            warnings.warn(
-                f"sloth: host memory can't be pinned, so offloading is slower: {str(error).splitlines()[0]}",
-                stacklevel=2,
-            )
-    return torch.empty(size, dtype=torch.uint8)
-
-
 # A budget and no plan
 
 
@@ -776,9 +800,10 @@ class Automatic:
         mlps = [mlp_of(layer, self.facts) for layer in self.running.layers]
         split = all(mlp is not None for mlp in mlps)
         self.tiles = TILES if split else (1,)
-        self.mlps: tuple[bool, ...] = (False, True) if split else (False,)
+        self.allow = OPTIONS if split else WITHOUT_MLPS
         both = {"rms_norm", "add_rms_norm"} <= self.ops
         self.norms: tuple[bool, ...] = (False, True) if both else (False,)
+        self.embeddings: tuple[bool, ...] = (False, True)
         if len(self.running.layers) != self.facts.layers:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
@@ -787,7 +812,7 @@ class Automatic:
         if self.given is None:
             refuse_sharded(model)
             self.budget = usable_bytes(self.device) or 0
-        elif (least := fixed_bytes(self.facts)) >= self.budget:
+        elif (least := fixed_bytes(self.facts, embeddings_on_host=True)) >= self.budget:
             raise BudgetError(
                 f"memory_budget_bytes={gib(self.budget)}: weights and the optimizer's state alone take "
                 f"{gib(least)}"
@@ -812,7 +837,10 @@ class Automatic:
     @property
     def ways(self) -> dict[str, Any]:
         """What the planner may choose from."""
-        return {"tiles": self.tiles, "norms": self.norms, "mlps": self.mlps}
+        return {
+            **{"allow": self.allow, "tiles": self.tiles},
+            **{"norms": self.norms, "embeddings": self.embeddings},
+        }
 
     @property
     def rates(self) -> Rates:
@@ -928,7 +956,8 @@ class Automatic:
             tokens = max(shape.tokens, self.seen.tokens)
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
-        facts = self.facts
+        # Trainers tie, train, shard and compile after they have called accelerate().
+        facts = self.facts = self.facts.replace(embedding_bytes=self.running.movable_bytes)
         if self.given is None and not self.record["plans"]:
             if (model := self.model()) is not None:
                 refuse_sharded(model)  # trainers shard after they have called accelerate()
@@ -1002,6 +1031,11 @@ class Automatic:
     def _use(self, chosen: CheckpointPlan) -> None:
         self.plan = chosen
         self.running.use(chosen)
+        if stay := self.running.embeddings_stay:  # they are not asked again
+            self.embeddings = (False,)
+            self._plan(chosen.shape)
+            self.record["note"] = "; ".join(filter(None, (stay, self.record.get("note"))))
+            return
         self._say_why()
         self.record.update(
             {

@@ -111,6 +111,8 @@ class ModelFacts:
     """Gradients of an earlier micro-batch are there when the forward begins."""
     resident_bytes: int | None = None
     """Measured bytes on the device before a step and without optimizer state; None: by arithmetic."""
+    embedding_bytes: int | None = None
+    """Bytes of the input embeddings, if they may wait in host memory, else 0; None: by arithmetic."""
     observed: Observed | None = None
     """What a layer of the model was seen to save for a token; None: by arithmetic."""
 
@@ -197,6 +199,10 @@ class ModelFacts:
             )
         else:
             found["rank"] = 0
+        from sloth_plugins.checkpointing.host import movable_embedding
+
+        embedding = movable_embedding(model)
+        found["embedding_bytes"] = 0 if embedding is None else embedding.numel() * embedding.element_size()
         on_gpu = any(p.is_cuda for _, p in named)
         found["resident_bytes"] = total + (LIBRARY_BYTES if on_gpu else 0)
         return cls.from_config(config, **{**found, **known})
@@ -256,10 +262,26 @@ class ModelFacts:
         """Weights, quantization states and adapters on the device, and what libraries hold there."""
         if self.resident_bytes is not None:
             return self.resident_bytes
-        dense = 4 if self.weights == "32bit" else max(2, self.stream_bytes if self.four_bit else 2)
         tables = (1 if self.tied else 2) * self.vocab * self.hidden + (2 * self.layers + 1) * self.hidden
         stored = self.layers * self.layer_weights * WEIGHT_BYTES[self.weights]
-        return int(stored + tables * dense + self.adapter_weights * self.adapter_bytes) + LIBRARY_BYTES
+        adapters = self.adapter_weights * self.adapter_bytes
+        return int(stored + tables * self.dense_bytes + adapters) + LIBRARY_BYTES
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of an element of what is not in the layers' matrices: embeddings, head, norms."""
+        return 4 if self.weights == "32bit" else max(2, self.stream_bytes if self.four_bit else 2)
+
+    @property
+    def movable_bytes(self) -> int:
+        """What is not on the device where the input embeddings are in host memory."""
+        if self.embedding_bytes is not None:
+            return self.embedding_bytes
+        return 0 if self.tied or not self.rank else self.vocab * self.hidden * self.dense_bytes
+
+    def embedding_read_bytes(self, shape: Shape) -> int:
+        """What a step reads of input embeddings that are in host memory: a row for each token."""
+        return shape.tokens * -(-self.movable_bytes // self.vocab)
 
     @property
     def gradient_bytes(self) -> int:
@@ -339,13 +361,11 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
-    def workspace_bytes(
-        self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False, mlps_again: bool = False
-    ) -> int:
+    def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False) -> int:
         """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
 
         mlp_tiles: parts of the tokens, one of which is in the MLP at a time; beyond 1 with what it saves, and
-        with the parts of its input's gradient beside the whole. mlps_again: with what it saves, in one piece.
+        with the parts of its input's gradient beside the whole.
         """
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = (-(-self.rank // 16) * 16) if self.rank else 0
@@ -364,8 +384,6 @@ class ModelFacts:
             expanded = (2 * i + 2 * columns) * (h + ROW) * e + (h + columns) * (i + ROW) * e
         else:
             expanded = h * i * e
-        if mlps_again and mlp_tiles == 1:
-            gradients += self.mlp_bytes(shape) - self.lean_bytes(shape)
         return expanded + gradients + (t * h * e if norms_again else 0)
 
     @property

@@ -2,46 +2,51 @@
 
 A layer takes one of OPTIONS, which say of each tensor class whether it is kept, recomputed or offloaded:
 
-    keep               all is kept
-    recompute_mlp      gate, up and what lies between them and the MLP's output are made again
-    recompute          the layer's input is kept, all else made again
-    recompute_offload  the input lies in host memory, all else is made again
-    offload            all lies in host memory
+    keep                    all is kept
+    recompute_mlp           gate, up and what lies between them and the MLP's output are made again
+    recompute               the layer's input is kept, all else made again
+    recompute_offload       the input lies in host memory, all else is made again
+    recompute_mlp_offload   as recompute_mlp, and what that keeps lies in host memory
+    offload                 all lies in host memory
 
-Beside that every layer's MLP may be made again in the backward, under all options, in one piece or in tiles
-of tokens: all of gate and up is then never there, which counts for long rows and small budgets. And the
-outputs of norms may be made again from the norms' inputs, which are saved beside them, for one pass over
-memory. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
+Beside that every layer's MLP may run in tiles of tokens and be made again in the backward, under all options:
+all of gate and up is then never there, which counts for long rows and small budgets. And the outputs of norms
+may be made again from the norms' inputs, which are saved beside them, for one pass over memory. And frozen
+input embeddings may be in host memory, from where a step reads its tokens' rows before anything else can
+start. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
 
-Layers are alike, so a plan is how many layers take which option, and where. All counts are gone through, so
-that no others are faster under this model. (Of how many recomputed layers the input is offloaded, from two
-on: each needs less memory and no less time, so the fewest that fit are found by bisection.) Where: the last
-layer keeps its tensors if any does, because they are freed first; offloaded layers lie evenly among the
-others, so that each copy has several layers' time; recomputed ones come first.
+Layers are alike, so a plan is how many layers take which option, and where. The search leaves out counts of
+which a bound says that they are slower or do not fit, so that no others are faster under this model. Where:
+the last layer keeps its tensors if any does, because they are freed first; those of which more than the input
+is offloaded lie evenly among the others, so that each copy has several layers' time; recomputed ones come
+first.
 
 The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
 bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
 time is added, and so is what the first copy back takes longer than the backward of the layer behind it, with
 which it starts. Where the host takes longer to launch a pass than the device to run it (many tiles, a slow
-processor), that is added instead if it is more. The model of memory counts two offloaded layers under way and
-one layer being recomputed, less what the backward has freed before.
+processor), that is added instead if it is more. The model of memory goes through the step layer by layer:
+what is kept until then, the layer's own tensors and its work space, copies under way to and from the host,
+gradients that are there already.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
 from sloth_plugins.checkpointing.rates import Rates
 from sloth_plugins.specs import BadInputError
 
-VERSION = 2
-OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "offload")
+VERSION = 3
+OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "recompute_mlp_offload", "offload")
 MLP_CLASSES, NORM_CLASSES = ("gate_up", "hidden"), ("normed", "mlp_normed")
 # Bytes that elementwise passes move over saved bytes, forward and backward, fitted to one H200 step each:
 # 28 ms of the fused one (benchmarks/NOTES.md), and what plain PEFT's 465 ms leave over.
@@ -59,11 +64,17 @@ IN_FLIGHT = 2
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TILE = 512
+# Up to so many layers all counts are gone through at once.
+LEAST_ROUGH = 24
+# Where a plan does not fit, mostly the first layers' backward says so, behind all gradients.
+FEW_LAYERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What one layer costs under an option: device bytes kept and made again for a while, host bytes."""
+    """What one layer costs under an option: device bytes kept; device bytes that its backward needs for a
+    while beside them and beside the work space of a layer that keeps all (below zero where it needs less);
+    host bytes; seconds."""
 
     name: str
     kept_bytes: int
@@ -81,7 +92,7 @@ class Costs:
     rest_s: float
     options: dict[str, Option]
     tiled_s: float
-    """What a layer's MLP that is made again costs on top, under every option; else 0."""
+    """What a layer's MLP in tiles costs on top, under every option; else 0."""
     host_forward_s: float
     """What the host takes to launch a layer's forward; where that is more, the device waits."""
     host_backward_s: float
@@ -95,7 +106,6 @@ def costs(
     rates: Rates,
     mlp_tiles: int = 1,
     norms_again: bool = False,
-    mlps_again: bool = False,
 ) -> Costs:
     """The costs of one layer and of the rest of the step."""
     t, h = shape.tokens, facts.hidden
@@ -120,15 +130,16 @@ def costs(
         mlp_again = 2 * t * of_mlp / matmul + traffic[0] * mlp / memory + expansion(of_mlp)
         # Each tile expands the weights anew: forward, again in the backward, and for the gradients.
         more = (mlp_tiles - 1) * expansion(of_mlp)
-    mlps_again = mlps_again or mlp_tiles > 1
-    tiled = mlp_again + 3 * more if mlps_again else 0.0
-    if mlps_again:
+    tiled, lean = 0.0, facts.lean_bytes(shape)
+    if mlp_tiles > 1:  # made again under every option
+        tiled, lean = mlp_again + 3 * more, 0
         full, forward = full - mlp, forward + more
     again = forward
-    if facts.fused_mlp and facts.ends_with_mlp:  # down alone; with tiles, gate and up wait for the gradients
-        unread = 3 if mlps_again else 1
-        again -= unread * (2 * t * of_mlp / 3 / matmul + expansion(of_mlp // 3))
-        again -= traffic[0] * mlp / memory if mlps_again else 0.0
+    if facts.fused_mlp and facts.ends_with_mlp:  # gate and up wait for the gradients, down is left out
+        again -= (3 if mlp_tiles > 1 else 1) * 2 * t * of_mlp / 3 / matmul + expansion(of_mlp)
+        again -= traffic[0] * mlp / memory if mlp_tiles > 1 else 0.0
+    if mlp_tiles > 1:
+        mlp, mlp_again = 0, 0.0
     head = (4 if facts.rank else 6) * t * facts.vocab * h / matmul
     if not facts.fused_head:
         head += t * facts.vocab * 3 * 12 / memory
@@ -136,14 +147,14 @@ def costs(
     normed = sum(saved[name] for name in NORM_CLASSES) if norms_again else 0
     norm_s = 2 * normed / memory
     kept = full - normed
-    lean = 0 if mlps_again else facts.lean_bytes(shape)
     of_layer = lean if facts.ends_with_mlp else 0
     rows = (
         ("keep", kept, 0, 0, norm_s),
-        ("recompute_mlp", kept - mlp, max(1, mlp - lean), 0, mlp_again + norm_s),
-        ("recompute", boundary, max(1, full - of_layer - (boundary if facts.fused else 0)), 0, again),
-        ("recompute_offload", 0, max(1, full - of_layer), boundary, again),
-        ("offload", 0, 0, kept, norm_s),
+        ("recompute_mlp", kept - mlp, mlp - lean, 0, mlp_again + norm_s),
+        ("recompute", boundary, full - of_layer - (boundary if facts.fused else 0), 0, again),
+        ("recompute_offload", 0, full - of_layer, boundary, again),
+        ("recompute_mlp_offload", 0, kept - lean, kept - mlp, mlp_again + norm_s),
+        ("offload", 0, kept, kept, norm_s),
     )
     options = {
         name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=seconds)
@@ -189,8 +200,8 @@ class CheckpointPlan:
     """Parts of the tokens that go through each MLP one after another."""
     norms_again: bool = False
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
-    mlps_again: bool = False
-    """Each MLP is made again in the backward, as always where it is in several parts."""
+    embeddings_on_host: bool = False
+    """The input embeddings are in host memory, and read from there."""
     expanded: int = 0
     """Of how many layers, from the first on, the 4-bit weights stay expanded between forward and backward."""
 
@@ -200,25 +211,25 @@ class CheckpointPlan:
     def __str__(self) -> str:
         counts = {name: self.layers.count(name) for name in OPTIONS}
         named = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
-        tiles = ", MLPs again" if self.mlps_again else ""
-        tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else tiles
+        tiles = f", MLPs in {self.mlp_tiles} tiles" if self.mlp_tiles > 1 else ""
         expanded = f", weights of {self.expanded} expanded" if self.expanded else ""
         norms = ", norms again" if self.norms_again else ""
+        embeddings = ", embeddings in host memory" if self.embeddings_on_host else ""
         tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
-            f"{named} of {len(self.layers)} layers{tiles}{norms}{expanded} at {tokens}: "
+            f"{named} of {len(self.layers)} layers{tiles}{norms}{embeddings}{expanded} at {tokens}: "
             f"{gib(self.peak_bytes)} of {gib(self.budget_bytes)}"
         )
 
     def classes(self, layer: int) -> dict[str, str]:
         """keep, recompute or offload for each tensor class of a layer."""
         option = self.layers[layer]
-        of_mlps = MLP_CLASSES if self.mlps_again or self.mlp_tiles > 1 else ()
-        again = {*of_mlps, *(NORM_CLASSES if self.norms_again else ())}
-        if option in ("keep", "offload"):
-            return {name: "recompute" if name in again else option for name in CLASSES}
-        if option == "recompute_mlp":
-            return {name: "recompute" if name in again | {*MLP_CLASSES} else "keep" for name in CLASSES}
+        again = set(NORM_CLASSES if self.norms_again else ())
+        if option.startswith("recompute_mlp") or self.mlp_tiles > 1:
+            again.update(MLP_CLASSES)
+        if option in ("keep", "recompute_mlp", "recompute_mlp_offload", "offload"):
+            way = "offload" if "offload" in option else "keep"
+            return {name: "recompute" if name in again else way for name in CLASSES}
         return dict.fromkeys(CLASSES, "recompute") | {"input": "offload" if "offload" in option else "keep"}
 
     def covers(self, shape: Shape) -> bool:
@@ -240,13 +251,12 @@ class CheckpointPlan:
     def in_flight(self) -> tuple[int, ...]:
         """Of how many layers the copies to the host may be under way when each layer's forward begins: as
         many as layers are behind it, once none of these is offloaded."""
-        end = len(self.layers) - 1
-        last = end if self.last_offloaded is None else min(self.last_offloaded, end - 1)
-        return tuple(IN_FLIGHT if i <= last else min(IN_FLIGHT, end - i) for i in range(end + 1))
+        away = _tensor([["offload" in name for name in self.layers]])
+        return tuple(int(count) for count in _in_flight(away)[0])
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
-        return costs(self.facts, self.shape, self.rates, *self._way)
+        return costs(self.facts, self.shape, self.rates, *self._way[:2])
 
     @property
     def expanded_bytes(self) -> int:
@@ -254,8 +264,13 @@ class CheckpointPlan:
         return self.expanded * self.facts.expanded_bytes
 
     @property
-    def _way(self) -> tuple[int, bool, bool]:
-        return self.mlp_tiles, self.norms_again, self.mlps_again
+    def moved_bytes(self) -> int:
+        """What the input embeddings in host memory would take on the device."""
+        return self.facts.movable_bytes if self.embeddings_on_host else 0
+
+    @property
+    def _way(self) -> _Way:
+        return _Way(self.mlp_tiles, self.norms_again, self.embeddings_on_host)
 
     @property
     def tile_tokens(self) -> int:
@@ -266,7 +281,7 @@ class CheckpointPlan:
         """The predicted peak in bytes, part by part, and the margin on top of it."""
         options = self.costs().options
         parts = {
-            "weights": self.facts.weights_bytes,
+            "weights": self.facts.weights_bytes - self.moved_bytes,
             "optimizer": self.facts.optimizer_state_bytes,
             **({"expanded weights": self.expanded_bytes} if self.expanded else {}),
             "kept activations": sum(options[name].kept_bytes for name in self.layers),
@@ -279,29 +294,14 @@ class CheckpointPlan:
 
     def timeline(self) -> list[tuple[str, int]]:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
-        facts, shape = self.facts, self.shape
-        options = self.costs().options
-        work, grads = facts.workspace_bytes(shape, *self._way), facts.gradient_bytes
-        base = fixed_bytes(facts) + facts.ends_bytes(shape) + self.expanded_bytes
-        full, rows, held = options["keep"].kept_bytes, [], base
-        leaving = [options[name].host_bytes for name in self.layers]
-        for index, name in enumerate(self.layers):
-            under_way = min(self.in_flight[index], IN_FLIGHT - (leaving[index] > 0))
-            before = [size for size in leaving[:index] if size][::-1][:under_way]
-            rows.append((f"forward {index}", held + full + sum(before)))
-            held += options[name].kept_bytes
-        rows.append(("head", held + facts.head_bytes(shape)))
-        done, begun = 0, False
-        for index in range(len(self.layers) - 1, -1, -1):
-            begun = begun or leaving[index] > 0 or index - 1 == self.last_offloaded
-            coming = next((size for size in reversed(leaving[:index]) if size), 0) if begun else 0
-            option = options[self.layers[index]]
-            held -= option.kept_bytes
-            own = max(option.kept_bytes + option.passing_bytes, option.host_bytes)
-            rows.append((f"backward {index}", held + own + work + done + coming))
-            done += 0 if facts.accumulates else grads // len(self.layers)
-        rows.append(("optimizer", base + (0 if facts.accumulates else grads)))
-        return rows
+        memory = _Memory(self.facts, self.shape, self.costs(), self._way)
+        codes = _tensor([[OPTIONS.index(name) for name in self.layers]])
+        forward, head, backward, optimizer = (column[0].tolist() for column in memory.timeline(codes))
+        rows = [(f"forward {index}", size) for index, size in enumerate(forward)]
+        rows.append(("head", head))
+        rows += [(f"backward {index}", size) for index, size in reversed([*enumerate(backward)])]
+        rows.append(("optimizer", optimizer))
+        return [(name, size + self.expanded_bytes) for name, size in rows]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types; `from_dict` reads it back."""
@@ -336,6 +336,10 @@ class CheckpointPlan:
             raise BadInputError(
                 f"{where}: expanded={made.expanded!r}: allowed is 0 to {made.facts.layers}, its layers"
             )
+        if not isinstance(made.embeddings_on_host, bool):
+            raise BadInputError(
+                f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
+            )
         if unknown or len(made.layers) != made.facts.layers:
             raise BadInputError(
                 f"{where}: allowed is one of {', '.join(OPTIONS)} for each of {made.facts.layers} layers"
@@ -356,10 +360,11 @@ class CheckpointPlan:
         return cls.from_dict(values, repr(str(path)))
 
 
-def fixed_bytes(facts: ModelFacts) -> int:
+def fixed_bytes(facts: ModelFacts, embeddings_on_host: bool = False) -> int:
     """What is on the device all the time: weights, optimizer state, and gradients that accumulate."""
     gradients = facts.gradient_bytes if facts.accumulates else 0
-    return facts.weights_bytes + facts.optimizer_state_bytes + gradients
+    moved = facts.movable_bytes if embeddings_on_host else 0
+    return facts.weights_bytes - moved + facts.optimizer_state_bytes + gradients
 
 
 def plan(
@@ -372,28 +377,35 @@ def plan(
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
-    mlps: Sequence[bool] = (False, True),
+    embeddings: Sequence[bool] = (False, True),
     expanded: float = 1.0,
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
-    norms' outputs may be made again, False among them; `mlps`: MLPs in one piece, likewise. `expanded`: the
-    share of what is left of the budget that expanded weights may take. Raises BadInputError, with the
-    smallest budget that fits, where none does.
+    norms' outputs may be made again, False among them; `embeddings`: whether the input embeddings may be in
+    host memory, likewise. `expanded`: the share of what is left of the budget that expanded weights may take.
+    Raises BadInputError, with the smallest budget that fits, where none does.
     """
+    searches = [
+        (_Search(facts, shape, rates, host_bytes, way), _chosen(allow, way.mlp_tiles))
+        for way in _ways(facts, _tiles(shape, tiles), norms, embeddings)
+    ]
+    rough: CheckpointPlan | None = None  # of some counts: what is slower needs no closer look
+    for search, names in searches if facts.layers > LEAST_ROUGH else ():
+        rough = search.fastest(budget_bytes, names, rough, None, few=True) or rough
     best: CheckpointPlan | None = None
-    for way in _ways(facts, _tiles(shape, tiles), norms, mlps):
-        best = _search(facts, shape, budget_bytes, rates, host_bytes, allow, way, best) or best
+    for search, names in searches:
+        best = search.fastest(budget_bytes, names, best, rough) or best
     if best is not None:
         return _with_expanded(best, expanded)
-    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
-        "weights": facts.weights_bytes,
+        "weights": facts.weights_bytes - smallest.moved_bytes,
         "the optimizer's state": facts.optimizer_state_bytes,
-        "activations and work space": smallest.peak_bytes - fixed_bytes(facts),
+        "activations and work space": smallest.peak_bytes - fixed_bytes(facts, smallest.embeddings_on_host),
     }
     driver = max(parts, key=lambda name: parts[name])
     raise BadInputError(
@@ -406,7 +418,7 @@ def _with_expanded(made: CheckpointPlan, share: float) -> CheckpointPlan:
     """`made` with weights that stay expanded in a share of what it leaves free, if it keeps all else."""
     facts, rates = made.facts, made.rates
     each = facts.expanded_bytes
-    all_kept = set(made.layers) == {"keep"} and not made.norms_again and not made.mlps_again
+    all_kept = set(made.layers) == {"keep"} and not made.norms_again
     if not each or not all_kept or made.mlp_tiles > 1:
         return made
     spare = share * (made.budget_bytes - made.peak_bytes - made.margin_bytes)
@@ -431,10 +443,10 @@ def smallest_budget_bytes(
     allow: Sequence[str] = OPTIONS,
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
-    mlps: Sequence[bool] = (False, True),
+    embeddings: Sequence[bool] = (False, True),
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, mlps)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings)
     return least.peak_bytes + least.margin_bytes
 
 
@@ -444,22 +456,140 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
     return [count for count in sorted(set(tiles)) if count == 1 or shape.tokens >= count * LEAST_TILE]
 
 
+class _Way(NamedTuple):
+    """What all layers have in common, and where the input embeddings are."""
+
+    mlp_tiles: int
+    norms_again: bool
+    embeddings_on_host: bool
+
+
 def _ways(
-    facts: ModelFacts, tiles: Sequence[int], norms: Sequence[bool], mlps: Sequence[bool]
-) -> list[tuple[int, bool, bool]]:
-    """(MLP tiles, whether norms and MLPs in one piece are made again): what all layers have in common."""
-    for name, given in (("norms", norms), ("mlps", mlps)):
+    facts: ModelFacts, tiles: Sequence[int], norms: Sequence[bool], embeddings: Sequence[bool]
+) -> list[_Way]:
+    """All of them; first those with the embeddings on the device, which win where others are no faster."""
+    for name, given in (("norms", norms), ("embeddings", embeddings)):
         if False not in given:
             raise BadInputError(f"{name}={tuple(given)!r}: allowed are False, and True beside it")
     # Elsewhere torch's checkpointing of an MLP holds its input.
     of_norms = sorted(set(norms)) if facts.fused_mlp else [False]
-    of_mlps = sorted(set(mlps)) if facts.fused_mlp else [False]
+    of_embeddings = sorted(set(embeddings)) if facts.movable_bytes else [False]
     return [
-        (count, of_norm, of_mlp)
-        for count in tiles
-        for of_mlp in (of_mlps if count == 1 else [False])
-        for of_norm in of_norms
+        _Way(count, of_norm, on_host) for on_host in of_embeddings for count in tiles for of_norm in of_norms
     ]
+
+
+def _tensor(values: Any) -> Any:
+    import torch
+
+    return torch.tensor(values)
+
+
+def _in_flight(away: Any) -> Any:
+    """Of how many layers the copies may be under way when each begins. away: (plans, layers), whether a
+    layer has any."""
+    import torch
+
+    end = away.shape[1] - 1
+    at = torch.arange(end + 1)
+    last = (away * (at + 1)).amax(1, keepdim=True) - 1
+    last = torch.where(last < 0, end, last.clamp(max=end - 1))
+    return torch.where(at <= last, IN_FLIGHT, (end - at).clamp(max=IN_FLIGHT))
+
+
+class _Memory:
+    """What is on the device when, of many plans at once."""
+
+    def __init__(self, facts: ModelFacts, shape: Shape, cost: Costs, way: _Way) -> None:
+        options = [cost.options[name] for name in OPTIONS]
+        self.kept = _tensor([option.kept_bytes for option in options])
+        self.passing = _tensor([option.passing_bytes for option in options])
+        self.host = _tensor([option.host_bytes for option in options])
+        self.fixed = fixed_bytes(facts, way.embeddings_on_host)
+        self.ends = facts.ends_bytes(shape)
+        self.work, self.head = facts.workspace_bytes(shape, *way[:2]), facts.head_bytes(shape)
+        self.layers = facts.layers
+        self.gradients = 0 if facts.accumulates else facts.gradient_bytes
+        self.a_gradient = self.gradients // facts.layers
+
+    def timeline(self, codes: Any) -> tuple[Any, Any, Any, Any]:
+        """(forward of each layer, head, backward of each layer, optimizer); codes: (plans, layers), where in
+        OPTIONS each layer's is. Of the first layers alone, nothing is more than with all of them."""
+        import torch
+
+        kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]
+        at = torch.arange(codes.shape[1])
+        base = self.fixed + self.ends
+        held = base + kept.cumsum(1) - kept
+        away = host > 0
+
+        def of(index: Any, values: Any, none: int) -> Any:
+            return torch.where(index < 0, none, values.gather(1, index.clamp(min=0)))
+
+        # The offloaded layers before each, the last one and the one before that: IN_FLIGHT of them.
+        newest = torch.where(away, at, -1).cummax(1).values
+        one = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+        two = of(one, one, -1)
+        under_way = (IN_FLIGHT - away.long()).minimum(_in_flight(away))
+        leaving = of(one, host, 0) * (under_way > 0) + of(two, host, 0) * (under_way > 1)
+        forward = held + kept + host + leaving
+        head = base + kept.sum(1) + self.head
+        coming = of(one, host, 0) * (at <= newest[:, -1:] + 1)
+        done = (self.layers - 1 - at) * self.a_gradient
+        backward = held + kept + passing + self.work + coming + done
+        return forward, head, backward, torch.full_like(head, base + self.gradients)
+
+    def peak(self, codes: Any) -> Any:
+        """The most of the timeline, of each plan."""
+        forward, head, backward, optimizer = self.timeline(codes)
+        return forward.amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
+
+    def margin(self, peak: Any) -> Any:
+        """What is left free on top of it."""
+        return ((peak - self.fixed).double() * MARGIN).ceil().long()
+
+
+class _Counts(NamedTuple):
+    """Of how many layers' MLPs are made again, alone (a tensor each, of all plans in question); how many
+    layers are run again as a whole; how many are offloaded as a whole; and of how many of the first and
+    second kind what is left is offloaded as well."""
+
+    mlps: Any
+    wholes: Any
+    offloaded: Any
+    mlps_away: Any
+    inputs: Any
+
+    def copied(self, host: Any) -> Any:
+        """Bytes that go to the host; host: of each of OPTIONS."""
+        return self.offloaded * host[5] + self.mlps_away * host[4] + self.inputs * host[3]
+
+    def at(self, index: Any) -> _Counts:
+        """Of some of the plans."""
+        return _Counts(*(column[index] for column in self))
+
+    def placed(self, layers: int, first: int | None = None) -> Any:
+        """(plans, layers): where in OPTIONS each layer's is; first: of so many layers alone."""
+        import torch
+
+        mlps, wholes, offloaded, mlps_away, inputs = (column.unsqueeze(1) for column in self)
+        away, at = offloaded + mlps_away, torch.arange(first or layers)
+        before, until = -(-at * away // layers), -(-(at + 1) * away // layers)
+        # Of those that are offloaded evenly, the smaller ones evenly among the others, from the first on.
+        count = away.clamp(min=1)
+        smaller = -(-(before + 1) * mlps_away // count) > -(-before * mlps_away // count)
+        rank = at - before
+        wholes_here, mlps_here = wholes, wholes + mlps - mlps_away
+        codes = torch.where(rank < inputs, 3, torch.where(rank < wholes_here, 2, (rank < mlps_here).long()))
+        return torch.where(until > before, torch.where(smaller, 4, 5), codes)
+
+
+def _chosen(allow: Sequence[str], mlp_tiles: int) -> set[str]:
+    unknown = [name for name in allow if name not in OPTIONS]
+    if unknown or "keep" not in allow:
+        raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
+    of_mlps = ("recompute_mlp", "recompute_mlp_offload") if mlp_tiles > 1 else ()
+    return {name for name in allow if name not in of_mlps}
 
 
 def _smallest(
@@ -470,181 +600,297 @@ def _smallest(
     allow: Sequence[str],
     tiles: Sequence[int],
     norms: Sequence[bool],
-    mlps: Sequence[bool],
+    embeddings: Sequence[bool],
 ) -> CheckpointPlan:
-    """The plan that needs the least memory: smaller tiles never need more."""
-    found = [
-        made
-        for way in _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, mlps)
-        if (made := _search(facts, shape, None, rates, host_limit, allow, way, None)) is not None
-    ]
-    return min(found, key=lambda made: (made.peak_bytes + made.margin_bytes, made.mlp_tiles))
-
-
-def _search(
-    facts: ModelFacts,
-    shape: Shape,
-    budget: int | None,
-    rates: Rates,
-    host_limit: int | None,
-    allow: Sequence[str],
-    way: tuple[int, bool, bool],
-    at_most: CheckpointPlan | None,
-) -> CheckpointPlan | None:
-    """The fastest plan within the budget, of equal ones that which does least; None: the smallest.
-
-    In one of `_ways`, and faster than `at_most` if that is given; None where there is none.
-    """
+    """The plan that needs the least memory, of those with at most two options beside "keep": smaller tiles
+    never need more, embeddings on the host less."""
     import torch
 
-    unknown = [name for name in allow if name not in OPTIONS]
-    if unknown or "keep" not in allow:
-        raise BadInputError(f"allow={tuple(allow)!r}: allowed are 'keep' and any of {', '.join(OPTIONS[1:])}")
-    mlp_tiles, norms_again, mlps_again = way
-    cost, layers = costs(facts, shape, rates, *way), facts.layers
-    options = cost.options
-    full, boundary = options["keep"].kept_bytes, options["recompute_offload"].host_bytes
-    fixed, ends = fixed_bytes(facts), facts.ends_bytes(shape)
-    work, head = facts.workspace_bytes(shape, *way), facts.head_bytes(shape)
-    gradients = 0 if facts.accumulates else facts.gradient_bytes
-    beside = (layers - 1) / layers
-    to_host, from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
-    step = layers * (cost.forward_s + cost.backward_s) + cost.rest_s
-    waits_forward = max(0.0, layers * (cost.host_forward_s - cost.forward_s))
-    slowest = float("inf") if at_most is None else round(at_most.recompute_s + at_most.stall_s, 12)
-    if layers * cost.tiled_s >= slowest:
-        return None
+    ways = _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, embeddings)
+    if host_limit is None:
+        ways = [way for way in ways if way.embeddings_on_host == ways[-1].embeddings_on_host]
+    best: CheckpointPlan | None = None
+    for way in ways:
+        search = _Search(facts, shape, rates, host_limit, way)
+        names = sorted(_chosen(allow, way.mlp_tiles) - {"keep"}, key=OPTIONS.index)
+        pairs = [*itertools.combinations(names, 2)] or [(names[0], names[0])] if names else []
+        one, two = torch.cartesian_prod(*[torch.arange(facts.layers + 1)] * 2).unbind(1)
+        inside = one + two <= facts.layers
+        one, two = one[inside], two[inside]
+        found = [dict.fromkeys(OPTIONS, torch.zeros(1, dtype=torch.long))]
+        found += [
+            {**dict.fromkeys(OPTIONS, torch.zeros_like(one)), second: two, first: one}
+            for first, second in pairs
+        ]
+        counts = [
+            _Counts(
+                n["recompute_mlp"] + n["recompute_mlp_offload"],
+                n["recompute"] + n["recompute_offload"],
+                n["offload"],
+                n["recompute_mlp_offload"],
+                n["recompute_offload"],
+            )
+            for n in found
+        ]
+        made = search.smallest(_Counts(*map(torch.cat, zip(*counts, strict=True))), best)
+        best = made or best
+    assert best is not None
+    return best
 
-    # Counts of layers: offloaded (never the last one); whose MLP, and that wholly, are recomputed.
-    whole = "recompute" in allow or "recompute_offload" in allow
-    offloaded, of_mlp, of_layer = torch.cartesian_prod(
-        torch.arange(layers if "offload" in allow else 1),
-        torch.arange(layers + 1 if "recompute_mlp" in allow and mlp_tiles == 1 and not mlps_again else 1),
-        torch.arange(layers + 1 if whole else 1),
-    ).unbind(1)
-    rest = layers - offloaded - of_mlp - of_layer
-    again = (
-        layers * cost.tiled_s
-        + (rest + offloaded).double() * options["keep"].recompute_s
-        + of_mlp.double() * options["recompute_mlp"].recompute_s
-        + of_layer.double() * options["recompute"].recompute_s
-    )
-    columns = [offloaded, of_mlp, of_layer, rest, again]
-    left = (rest >= (offloaded > 0).long()) & (again < slowest)
-    columns = [column[left] for column in columns]
 
-    def memory(columns: list[Any], inputs: Any) -> tuple[Any, Any]:
-        """(peak, margin) where the inputs of so many recomputed layers are offloaded."""
-        offloaded, of_mlp, of_layer, rest, _ = columns
-        held = (
-            rest * full
-            + of_mlp * options["recompute_mlp"].kept_bytes
-            + (of_layer - inputs) * options["recompute"].kept_bytes
-        )
-        passing = (of_mlp > 0) * options["recompute_mlp"].passing_bytes
-        passing = passing.maximum((of_layer > inputs) * options["recompute"].passing_bytes)
-        passing = passing.maximum((inputs > 0) * options["recompute_offload"].passing_bytes)
-        under_way = offloaded.clamp(max=IN_FLIGHT) * full + inputs.clamp(max=IN_FLIGHT) * boundary
-        gap = layers - (offloaded > 0).long() - (offloaded - 1) * layers // offloaded.clamp(min=1)
-        gap = torch.where(offloaded > 0, gap, layers)
-        # At the last offloaded layer those behind it are free, and all but one when it begins to come; at
-        # the first recomputed one all that are kept; at the first layer, the last of the backward, the
-        # gradients are there.
-        coming = torch.where(offloaded > 0, full, boundary * (inputs > 0))
-        extra = (under_way - rest.minimum(gap) * full).maximum(
-            (passing > 0) * (passing + under_way - rest * full)
-        )
-        extra = extra.maximum((rest > 0) * (coming - (rest - 1) * full))
-        layer = work + held + extra.clamp(min=0)
-        own = passing + under_way
-        again_first = (of_layer > 0) & (offloaded == 0)  # else the first layer has all of its tensors then
-        own = torch.where(again_first, own + (inputs == 0) * boundary, own.clamp(min=full))
-        first = gradients + work + own
-        above = ends + layer.maximum(held + head).maximum(first)
-        margin = (above.double() * MARGIN).ceil().long()
-        return fixed + above, margin
+@functools.lru_cache(maxsize=8)
+def _triples(layers: int, may: tuple[bool, bool, bool], few: bool) -> tuple[Any, ...]:
+    """All numbers of layers of three kinds, of which the last leaves one over; may: or else it is 0. few: not
+    all numbers."""
+    import torch
 
-    def inputs_to_try() -> list[tuple[list[Any], Any]]:
-        """How many inputs to offload: none; one; all; or the fewest from two on that fit, for less memory is
-        needed with each but costs time."""
-        of_layer = columns[2]
-        if "recompute_offload" not in allow:
-            return [(columns, torch.zeros_like(of_layer))]
-        if "recompute" not in allow:
-            return [(columns, of_layer)]
-        few = [(columns, torch.zeros_like(of_layer)), (columns, of_layer.clamp(max=1))]
-        if budget is None:
-            return [*few, (columns, of_layer)]
-        fits = sum(memory(columns, of_layer)) <= budget
-        own = [column[fits] for column in columns]
-        low, high = own[2].clamp(max=2), own[2].clone()
-        for _ in range(layers.bit_length()):
-            middle = (low + high) // 2
-            fits = sum(memory(own, middle)) <= budget
-            high, low = torch.where(fits, middle, high), torch.where(fits, low, (middle + 1).minimum(high))
-        return [*few, (own, high)]
+    ends = min(4, layers)
+    numbers = [*range(ends), *range(ends, layers, max(1, layers // 16)), *range(layers - ends, layers + 1)]
+    some = torch.tensor(sorted(set(numbers))) if few else torch.arange(layers + 1)
+    grid = [some if one_may else some[:1] for one_may in may]
+    found = torch.cartesian_prod(*grid)
+    found = found[(found.sum(1) <= layers) & (found[:, 2] < layers)]
+    return tuple(column.contiguous() for column in found.unbind(1))
 
-    best: tuple[tuple[float, ...], list[int], tuple[int, int, int, float, float]] | None = None
-    for own, inputs in inputs_to_try():
-        if not len(inputs):
-            continue
-        offloaded, of_mlp, of_layer, _, again = own
-        peak, margin = memory(own, inputs)
-        copied = offloaded * full + inputs * boundary
-        first = torch.where(offloaded > 0, full, boundary * (inputs > 0)).double() / from_host
-        first -= (inputs < layers).double() * (cost.backward_s + cost.tiled_s)
+
+class _Search:
+    """Of all counts of layers for each option, in one way."""
+
+    def __init__(
+        self, facts: ModelFacts, shape: Shape, rates: Rates, host_limit: int | None, way: _Way
+    ) -> None:
+        self.facts, self.shape, self.rates, self.way = facts, shape, rates, way
+        self.cost = costs(facts, shape, rates, *way[:2])
+        self.memory = _Memory(facts, shape, self.cost, way)
+        self.layers = facts.layers
+        self.moved = facts.movable_bytes if way.embeddings_on_host else 0
+        self.host_limit = None if host_limit is None else host_limit - self.moved
+        self.to_host, self.from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
+        self.read_s = facts.embedding_read_bytes(shape) / self.from_host if self.moved else 0.0
+
+    def again_s(self, mlps: Any, wholes: Any) -> Any:
+        """Seconds of what is made again."""
+        keep, mlp, whole = (self.cost.options[name].recompute_s for name in OPTIONS[:3])
+        kept = (self.layers - mlps - wholes).double()
+        return self.layers * self.cost.tiled_s + kept * keep + mlps.double() * mlp + wholes.double() * whole
+
+    def times(self, again: Any, wholes: Any, copied: Any, first: Any) -> tuple[Any, Any]:
+        """(seconds of the step beyond what any plan takes, seconds of waiting among them). first: seconds
+        that the first copy back takes longer than what it runs beside."""
+        cost, n = self.cost, self.layers
+        beside = (n - 1) / n
         stall = (
-            (copied.double() / to_host - layers * cost.forward_s * beside).clamp(min=0)
-            + (copied.double() / from_host - (layers * cost.backward_s + again) * beside).clamp(min=0)
-            + first.clamp(min=0)
+            (copied.double() / self.to_host - n * cost.forward_s * beside).clamp(min=0)
+            + (copied.double() / self.from_host - (n * cost.backward_s + again) * beside).clamp(min=0)
+            + first
+            + self.read_s
         )
-        launches = layers * cost.host_backward_s + of_layer.double() * cost.host_again_s
-        waits = waits_forward + (launches - layers * cost.backward_s - again).clamp(min=0)
-        # Copies and the host's launches go on beside each other.
-        stall = stall.maximum(waits)
-        fits = torch.ones_like(copied, dtype=torch.bool) if host_limit is None else copied <= host_limit
-        if budget is not None:
-            fits = fits & (peak + margin <= budget)
-        work_s = again + copied.double() / to_host  # also what hides behind the host's launches
-        time_s = ((again + stall) * 1e12).round() / 1e12  # equal ones are equal in the last bits, too
-        wanted = (time_s, work_s) if budget is not None else (peak + margin, time_s)
-        figures = [torch.where(fits, x.double(), torch.inf) for x in wanted]
-        at = int(_first(*figures))
-        key = tuple(float(x[at]) for x in figures)
-        if key[0] != float("inf") and (best is None or key < best[0]):
-            n = int(inputs[at])
-            counts = [int(offloaded[at]), int(of_mlp[at]), int(of_layer[at]) - n, n]
-            sizes = (int(peak[at]), int(margin[at]), int(copied[at]), float(again[at]), float(stall[at]))
-            best = (key, counts, sizes)
-    if best is None or (budget is not None and best[0][0] >= slowest):
+        launches = n * cost.host_backward_s + wholes.double() * cost.host_again_s
+        waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
+        # Copies, the read of embeddings among them, and the host's launches go on beside each other.
+        stall = stall.maximum(waits + (launches - n * cost.backward_s - again).clamp(min=0))
+        return ((again + stall) * 1e12).round() / 1e12, stall  # equal ones are equal in the last bits, too
+
+    def of(self, counts: _Counts) -> tuple[Any, Any, Any, Any]:
+        """(seconds, seconds of waiting, of them and of copies that nobody waits for, bytes copied)."""
+        import torch
+
+        host, again = self.memory.host, self.again_s(counts.mlps, counts.wholes)
+        copied = counts.copied(host)
+        first = torch.where(counts.inputs > 0, host[3], 0)
+        first = torch.where(counts.mlps_away > 0, host[4], first)
+        first = torch.where(counts.offloaded > 0, host[5], first).double() / self.from_host
+        behind = self.cost.backward_s + self.cost.tiled_s
+        first = (first - (counts.inputs < self.layers).double() * behind).clamp(min=0)
+        seconds, stall = self.times(again, counts.wholes, copied, first)
+        return seconds, stall, again + copied.double() / self.to_host + self.read_s, copied
+
+    def possible(self, counts: _Counts) -> Any:
+        """Whether the last layer is none of those that are offloaded evenly, and host memory suffices."""
+        found = counts.offloaded + counts.mlps_away < self.layers
+        if self.host_limit is not None:
+            found &= counts.copied(self.memory.host) <= self.host_limit
+        return found
+
+    def least(self, kept: Any, mlps: Any, wholes: Any, offloaded: Any, mlps_away: Any, most_away: Any) -> Any:
+        """A bound of what is allocated on top of all that is fixed. kept: bytes of all layers; mlps_away: at
+        least so many and, most_away, at most."""
+        memory, n = self.memory, self.layers
+        own = memory.kept + memory.passing
+        last = kept + memory.work + min(0, int(memory.passing[:3].min()))
+        found = last.maximum(kept + memory.head)
+        if n == 1:
+            return found + memory.ends
+        # The second layer is there when the first one's tensors come, behind nearly all gradients.
+        away = offloaded + mlps_away > 0
+        first = (most_away > 0) * memory.host[4] + (most_away == 0) * memory.host[5]
+        second = int(own.min()) + memory.work + (n - 2) * memory.a_gradient + first
+        found = found.maximum(away * second)
+        # So is the first of those that are offloaded as a whole and have another one before them: in `placed`
+        # it is the one behind as many smaller ones as there are for each of its kind.
+        count = offloaded.clamp(min=1)
+        behind = (-(-most_away // count)).clamp(min=1)
+        at = (behind * n // count).clamp(max=n - 1)
+        before = memory.host[5] * (mlps == 0) + memory.host[4] * (mlps > 0)
+        before = before * (wholes == 0) + memory.host[3] * (wholes > 0)
+        several = offloaded + mlps_away > 1
+        large = own[5] + memory.work + several * (before + (n - 1 - at) * memory.a_gradient)
+        return found.maximum((offloaded > 0) * large) + memory.ends
+
+    def fits(self, budget: int) -> int:
+        """The most that may be allocated on top of all that is fixed."""
+        return int((budget - self.memory.fixed) / (1 + MARGIN)) + 1
+
+    def smallest(self, counts: _Counts, at_most: CheckpointPlan | None) -> CheckpointPlan | None:
+        """The plan that needs the least memory of these, if it needs less than `at_most`."""
+        counts = counts.at(self.possible(counts))
+        memory = self.memory
+        kept = (self.layers - counts.mlps - counts.wholes - counts.offloaded) * memory.kept[0]
+        kept += (counts.mlps - counts.mlps_away) * memory.kept[1]
+        kept += (counts.wholes - counts.inputs) * memory.kept[2]
+        bound = memory.fixed + self.least(kept, *counts[:4], counts.mlps_away)
+        bound, order = bound.sort(stable=True)
+        counts = counts.at(order)
+        best = None if at_most is None else at_most.peak_bytes + at_most.margin_bytes
+        found = None
+        for start in range(0, len(bound), 256):
+            if best is not None and int(bound[start]) >= best:
+                break
+            some = counts.at(slice(start, start + 256))
+            peak = memory.peak(some.placed(self.layers))
+            need = peak + memory.margin(peak)
+            at = int(need.argmin())
+            if best is None or int(need[at]) < best:
+                best, found = int(need[at]), some.at(slice(at, at + 1))
+        return None if found is None else self.made(found, None)
+
+    def fastest(
+        self,
+        budget: int,
+        allow: set[str],
+        before: CheckpointPlan | None,
+        known: CheckpointPlan | None,
+        *,
+        few: bool = False,
+    ) -> CheckpointPlan | None:
+        """The plan that takes the least time within the budget, of equal ones that which does least; None
+        where none is faster than `before` and as fast as `known`. few: of some counts."""
+        import torch
+
+        memory, n, inf = self.memory, self.layers, float("inf")
+        slowest = min(
+            inf if before is None else round(before.recompute_s + before.stall_s, 12),
+            inf if known is None else known.recompute_s + known.stall_s + 1e-11,
+        )
+        if n * self.cost.tiled_s + self.read_s >= slowest:
+            return None
+        limit = self.fits(budget)
+        may = tuple(not allow.isdisjoint(names) for names in (OPTIONS[1:5:3], OPTIONS[2:4], OPTIONS[5:]))
+        mlps, wholes, offloaded = _triples(n, (may[0], may[1], may[2]), few)
+        again = self.again_s(mlps, wholes)
+        left = again + self.read_s < slowest
+        mlps, wholes, offloaded, again = (x[left] for x in (mlps, wholes, offloaded, again))
+        # Each byte that leaves is one that is not kept: so many must, and no more can.
+        host = memory.host
+        whole = (n - mlps - wholes) * memory.kept[0] + mlps * memory.kept[1] + wholes * memory.kept[2]
+        none = torch.zeros_like(whole)
+        must = whole + self.least(none, mlps, wholes, none, none, none) - limit
+        least = must.maximum(offloaded * host[5]).clamp(min=0)
+        most = offloaded * host[5] + mlps * host[4] + wholes * host[3]
+        smaller = (must > wholes * host[3] + offloaded * host[5]).long()  # one of them, at least
+        left = (least <= most) & (self.least(none, mlps, wholes, offloaded, smaller, mlps) <= limit)
+        seconds, _ = self.times(again, wholes, least, torch.zeros_like(again))
+        work = again + least.double() / self.to_host + self.read_s
+        left &= seconds < slowest
+        columns = [x[left] for x in (mlps, wholes, offloaded, must, seconds, work)]
+        order = columns[5].argsort(stable=True)
+        order = order[columns[4][order].argsort(stable=True)]
+        mlps, wholes, offloaded, must, seconds, work = (x[order] for x in columns)
+        best, found, start, size = (slowest, -inf), None, 0, 16
+        while start < len(order) and (float(seconds[start]), float(work[start])) < best:
+            part = slice(start, start + size)
+            start, size = start + size, min(4 * size, 1024)
+            counts = self._with_parts_away(allow, mlps[part], wholes[part], offloaded[part], must[part])
+            some = counts.offloaded + counts.mlps_away
+            bound = self.least(torch.zeros_like(some), *counts[:4], counts.mlps_away)
+            made = self._first_that_fits(counts.at(bound <= limit), budget, best)
+            if made is not None:
+                best, found = made
+        return None if found is None else self.made(found, budget)
+
+    def _with_parts_away(self, allow: set[str], mlps: Any, wholes: Any, offloaded: Any, must: Any) -> _Counts:
+        """All counts of parts that leave, of each combination of the others: `must` bytes or more."""
+        import torch
+
+        def spread(columns: list[Any], least: Any, most: Any) -> tuple[list[Any], Any]:
+            number = (most - least + 1).clamp(min=0)
+            index = torch.repeat_interleave(torch.arange(len(number)), number)
+            begins = number.cumsum(0) - number
+            return [column[index] for column in columns], torch.arange(len(index)) - (begins - least)[index]
+
+        host = self.memory.host
+        low = torch.zeros_like(mlps) if "recompute_mlp" in allow else mlps
+        high = mlps if "recompute_mlp_offload" in allow else torch.zeros_like(mlps)
+        columns, mlps_away = spread([mlps, wholes, offloaded, must], low, high)
+        columns.append(mlps_away)
+        mlps, wholes, offloaded, must, mlps_away = columns
+        wanted = -(-(must - offloaded * host[5] - mlps_away * host[4]) // host[3])
+        low = wanted.clamp(min=0) if "recompute" in allow else wanted.maximum(wholes)
+        high = wholes if "recompute_offload" in allow else torch.zeros_like(wholes)
+        (mlps, wholes, offloaded, _, mlps_away), inputs = spread(columns, low, high)
+        return _Counts(mlps, wholes, offloaded, mlps_away, inputs)
+
+    def _first_that_fits(
+        self, counts: _Counts, budget: int, best: tuple[float, float]
+    ) -> tuple[tuple[float, float], _Counts] | None:
+        """The fastest of these within the budget, with (seconds, seconds with copies), if that is below
+        `best`."""
+        seconds, _, work, _ = self.of(counts)
+        left = self.possible(counts) & ((seconds < best[0]) | ((seconds == best[0]) & (work < best[1])))
+        counts, seconds, work = counts.at(left), seconds[left], work[left]
+        order = work.argsort(stable=True)
+        order = order[seconds[order].argsort(stable=True)]
+        start, size = 0, 32
+
+        def fit(codes: Any) -> Any:
+            peak = self.memory.peak(codes)
+            return peak + self.memory.margin(peak) <= budget
+
+        while start < len(order):
+            part = order[start : start + size]
+            start, size = start + size, min(4 * size, 2048)
+            if self.layers > 4 * FEW_LAYERS:
+                part = part[fit(counts.at(part).placed(self.layers, FEW_LAYERS))]
+            some = counts.at(part)
+            fits = fit(some.placed(self.layers))
+            if fits.any():
+                at = int(fits.long().argmax())
+                key = float(seconds[part[at]]), float(work[part[at]])
+                return key, some.at(slice(at, at + 1))
         return None
-    _, (n_offloaded, n_mlp, n_whole, n_inputs), (peak_bytes, margin_bytes, host, again_s, stall_s) = best
-    placed = ["recompute_offload"] * n_inputs + ["recompute"] * n_whole + ["recompute_mlp"] * n_mlp
-    placed += ["keep"] * (layers - n_offloaded - len(placed))
-    for index in range(n_offloaded):
-        placed.insert(index * layers // n_offloaded, "offload")
-    return CheckpointPlan(
-        layers=tuple(placed),
-        facts=facts,
-        shape=shape,
-        rates=rates,
-        budget_bytes=peak_bytes + margin_bytes if budget is None else budget,
-        peak_bytes=peak_bytes,
-        margin_bytes=margin_bytes,
-        host_bytes=host,
-        step_s=step + again_s + stall_s,
-        recompute_s=again_s,
-        stall_s=stall_s,
-        mlp_tiles=mlp_tiles,
-        norms_again=norms_again,
-        mlps_again=mlps_again,
-    )
 
-
-def _first(values: Any, then: Any) -> Any:
-    """Index of the smallest of `values`, of equal ones of that with the smallest `then`, the first."""
-    least = values.min()
-    return then.where(values == least, float("inf")).argmin()
+    def made(self, counts: _Counts, budget: int | None) -> CheckpointPlan:
+        """The one plan of `counts`; budget: None for what it needs."""
+        codes = counts.placed(self.layers)
+        peak = self.memory.peak(codes)
+        margin = self.memory.margin(peak)
+        _, stall, _, copied = self.of(counts)
+        again_s, stall_s = float(self.again_s(counts.mlps, counts.wholes)), float(stall)
+        cost = self.cost
+        return CheckpointPlan(
+            layers=tuple(OPTIONS[code] for code in codes[0].tolist()),
+            facts=self.facts,
+            shape=self.shape,
+            rates=self.rates,
+            budget_bytes=int(peak + margin) if budget is None else budget,
+            peak_bytes=int(peak),
+            margin_bytes=int(margin),
+            host_bytes=int(copied) + self.moved,
+            step_s=self.layers * (cost.forward_s + cost.backward_s) + cost.rest_s + again_s + stall_s,
+            recompute_s=again_s,
+            stall_s=stall_s,
+            **self.way._asdict(),
+        )
 
 
 def gib(size: int) -> str:

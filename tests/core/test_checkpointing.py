@@ -1,7 +1,9 @@
 """The cost model against measured figures and autograd, the planner against brute force, rates and files."""
 
+import functools
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ LLAMA_8B: dict[str, Any] = {
     "vocab": 128256,
 }  # fmt: skip
 QLORA = {"weights": "nf4_double"}
+STAYS = {**QLORA, "embedding_bytes": 0}
+"""QLoRA with input embeddings that can't leave the device."""
 PLAIN = {**QLORA, "stream_bytes": 4, "fused": False, "fused_head": False}
 H200 = KNOWN["h200"]
 
@@ -99,7 +103,8 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     facts = ModelFacts.from_model(model)
     same = ModelFacts.from_config(config, rank=0)
-    assert facts.replace(resident_bytes=None) == same
+    assert facts.replace(resident_bytes=None, embedding_bytes=None) == same
+    assert facts.embedding_bytes == same.movable_bytes == 0  # trained
     assert facts.resident_bytes == sum(2 * p.numel() for p in model.parameters())
     with pytest.raises(ValueError, match=r"'mixtral': the memory of expert layers"):
         from transformers import MixtralConfig
@@ -116,50 +121,83 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
 # The planner
 
 
+def by_hand(layers: tuple[str, ...], facts: ModelFacts, shape: Shape, way: Any) -> int:
+    """The peak of a plan, layer by layer."""
+    tiles, norms, on_host = way
+    options = costs(facts, shape, H200, tiles, norms).options
+    leaves = [options[name].host_bytes for name in layers]
+    away = [index for index, size in enumerate(leaves) if size]
+    base = fixed_bytes(facts) - on_host * facts.movable_bytes + facts.ends_bytes(shape)
+    n, held, rows = len(layers), base, []
+    for index, name in enumerate(layers):
+        behind = [i for i in away if i < index]
+        most = 2
+        if away and index > min(away[-1], n - 2):
+            most = min(2, n - 1 - index)
+        most = min(most, 2 - (leaves[index] > 0))
+        rows.append(held + options[name].kept_bytes + leaves[index])
+        rows[-1] += sum(leaves[i] for i in behind[len(behind) - most :])
+        held += options[name].kept_bytes
+    rows.append(held + facts.head_bytes(shape))
+    work, done = facts.workspace_bytes(shape, tiles, norms), 0
+    for index, name in reversed([*enumerate(layers)]):
+        coming = [leaves[i] for i in away if i < index and index <= away[-1] + 1][-1:]
+        rows.append(held + options[name].passing_bytes + work + done + sum(coming))
+        held -= options[name].kept_bytes
+        done += facts.gradient_bytes // n
+    return max(*rows, base + facts.gradient_bytes)
+
+
+def arranged(counts: dict[str, int]) -> tuple[str, ...]:
+    """Counts as layers: offloaded ones evenly, the smaller ones of them evenly, from the first on."""
+    n, both = sum(counts.values()), counts["recompute_mlp_offload"] + counts["offload"]
+    order = ("recompute_offload", "recompute", "recompute_mlp", "keep")
+    layers = [name for name in order for _ in range(counts[name])]
+    smaller = counts["recompute_mlp_offload"]
+    for index in range(both):
+        before, until = (-(-k * smaller // both) for k in (index, index + 1))
+        layers.insert(index * n // both, "recompute_mlp_offload" if until > before else "offload")
+    return tuple(layers)
+
+
+@functools.cache
+def all_plans(layers: int, vocab: int) -> list[tuple[Any, dict[str, int], int]]:
+    """(way, counts, the budget that it needs) of every plan."""
+    facts, shape, found = llama_8b(layers=layers, vocab=vocab, **QLORA), Shape(batch=2, seq=4096), []
+    ways = itertools.product([m for m in TILES if shape.tokens >= m * 512], (False, True), (False, True))
+    for way in ways:
+        fixed = fixed_bytes(facts) - way[2] * facts.movable_bytes
+        for numbers in itertools.product(range(layers + 1), repeat=len(OPTIONS)):
+            counts = dict(zip(OPTIONS, numbers, strict=True))
+            away = counts["offload"] + counts["recompute_mlp_offload"]
+            of_mlps = counts["recompute_mlp"] + counts["recompute_mlp_offload"]
+            if sum(numbers) == layers and away < layers and not (way[0] > 1 and of_mlps):
+                peak = by_hand(arranged(counts), facts, shape, way)
+                found.append((way, counts, peak + math.ceil((peak - fixed) * planner.MARGIN)))
+    return found
+
+
 def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> float | None:
     """The shortest recomputation and waiting of all counts, one by one, by the module's formulas."""
-    n, best, tile_counts = facts.layers, None, [m for m in TILES if shape.tokens >= m * 512]
-    ways = {
-        way: (costs(facts, shape, rates, *way), facts.workspace_bytes(shape, *way))
-        for way in itertools.product(tile_counts, (False, True), (False, True))
-        if way[0] == 1 or not way[2]
-    }
-    head, ends, fixed = facts.head_bytes(shape), facts.ends_bytes(shape), fixed_bytes(facts)
-    gradients = facts.gradient_bytes
-    for way, mlp, whole, inputs, offloaded in itertools.product(ways, *[range(n + 1)] * 4):
-        (tiles, _, mlps), (cost, work) = way, ways[way]
+    n, best = facts.layers, None
+    cost_of = {way: costs(facts, shape, rates, *way) for way in itertools.product(TILES, (False, True))}
+    for way, counts, need in all_plans(facts.layers, facts.vocab):
+        if need > budget:
+            continue
+        cost = cost_of[way[:2]]
         o = cost.options
-        full, boundary = o["keep"].kept_bytes, o["recompute_offload"].host_bytes
-        rest = n - mlp - whole - inputs - offloaded
-        if rest < (1 if offloaded else 0) or ((tiles > 1 or mlps) and mlp):
-            continue
-        counts = {"recompute_mlp": mlp, "recompute": whole, "recompute_offload": inputs}
-        held = rest * full + sum(k * o[name].kept_bytes for name, k in counts.items())
-        passing = max((o[name].passing_bytes for name, k in counts.items() if k), default=0)
-        under_way = min(2, offloaded) * full + min(2, inputs) * boundary
-        gap = n - 1 - (offloaded - 1) * n // offloaded if offloaded else n
-        late = passing + under_way - rest * full if passing else 0
-        coming = full if offloaded else boundary if inputs else 0
-        begins = coming - (rest - 1) * full if rest else 0
-        extra = max(0, under_way - min(rest, gap) * full, late, begins)
-        above = max(work + held + extra, held + head)
-        own = passing + under_way
-        if (whole or inputs) and not offloaded:
-            own += 0 if inputs else boundary
-        else:
-            own = max(own, full)
-        above = max(above, gradients + work + own) + ends
-        if fixed + above * (1 + planner.MARGIN) > budget:
-            continue
-        again = mlp * o["recompute_mlp"].recompute_s + (whole + inputs) * o["recompute"].recompute_s
-        again += n * cost.tiled_s + (rest + offloaded) * o["keep"].recompute_s
-        copied = (offloaded * full + inputs * boundary) / 1e9
+        again = n * cost.tiled_s + sum(k * o[name].recompute_s for name, k in counts.items())
+        copied = sum(k * o[name].host_bytes for name, k in counts.items()) / 1e9
         beside = (n - 1) / n
         late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
         late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
-        behind = cost.backward_s + cost.tiled_s if inputs < n else 0
-        late += max(0.0, coming / rates.from_host_gb_s / 1e9 - behind)
-        launches = n * cost.host_backward_s + (whole + inputs) * cost.host_again_s
+        behind = cost.backward_s + cost.tiled_s if counts["recompute_offload"] < n else 0
+        first = max(o[name].host_bytes for name, k in counts.items() if k)
+        late += max(0.0, first / rates.from_host_gb_s / 1e9 - behind)
+        if way[2]:
+            late += facts.movable_bytes / facts.vocab * shape.tokens / rates.from_host_gb_s / 1e9
+        wholes = counts["recompute"] + counts["recompute_offload"]
+        launches = n * cost.host_backward_s + wholes * cost.host_again_s
         waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
         waits += max(0.0, launches - n * cost.backward_s - again)
         late = max(late, waits)
@@ -169,29 +207,40 @@ def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> f
 
 @pytest.mark.parametrize("gpu", ["h200", "4090", "t4"])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.8, 0.99])
-@pytest.mark.parametrize("layers", [1, 2, 7])
-def test_no_plan_is_faster(gpu: str, share: float, layers: int) -> None:
-    facts, shape = llama_8b(layers=layers, vocab=1000, **QLORA), Shape(batch=2, seq=4096)
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize(("layers", "vocab"), [(1, 1000), (2, 1000), (6, 1000), (5, 64_000)])
+def test_no_plan_is_faster(
+    gpu: str, share: float, layers: int, vocab: int, rough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With embeddings that are small, and those that are as large as some layers; rough: as of many layers,
+    for which bounds are found first."""
+    if rough:
+        monkeypatch.setattr(planner, "LEAST_ROUGH", 0)
+        monkeypatch.setattr(planner, "FEW_LAYERS", 1)
+    facts, shape = llama_8b(layers=layers, vocab=vocab, **QLORA), Shape(batch=2, seq=4096)
     least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
     most = plan(facts, shape, 2**40, KNOWN[gpu])
     budget = int(least + share * (most.peak_bytes + most.margin_bytes - least))
     made = plan(facts, shape, budget, KNOWN[gpu])
     assert made.peak_bytes + made.margin_bytes <= budget
+    assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way)
     want = brute_force(facts, shape, budget, KNOWN[gpu])
     assert made.recompute_s + made.stall_s == pytest.approx(want, rel=1e-9, abs=1e-12)
-    assert brute_force(facts, shape, least - 2**20, KNOWN[gpu]) is None
+    if share == 0.01:
+        assert brute_force(facts, shape, least - 1, KNOWN[gpu]) is None
+        assert brute_force(facts, shape, least, KNOWN[gpu]) is not None
     assert made == plan(facts, shape, budget, KNOWN[gpu])
 
 
 @pytest.mark.parametrize("gpu", ["h200", "4090"])
 @pytest.mark.parametrize("changes", [QLORA, {}, PLAIN, {"rank": 0}], ids=["qlora", "lora", "plain", "full"])
-def test_the_timeline_stays_below_the_peak(gpu: str, changes: dict[str, Any]) -> None:
+def test_the_timeline_has_the_peak(gpu: str, changes: dict[str, Any]) -> None:
     facts, shape = llama_8b(**changes), Shape(batch=2, seq=4096)
     least = smallest_budget_bytes(facts, shape, KNOWN[gpu])
     for more_gib in (0, 1, 3, 6, 12, 20):
         made = plan(facts, shape, least + more_gib * 2**30, KNOWN[gpu])
-        top = max(size for _, size in made.timeline())
-        assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes, str(made)
+        assert made.peak_bytes == max(size for _, size in made.timeline())
+        assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way)
         assert sum(made.memory().values()) == made.peak_bytes + made.margin_bytes
         assert all(size >= 0 for size in made.memory().values())
 
@@ -217,17 +266,64 @@ def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
     assert not any("offload" in name for name in plan(facts, shape, budget, slow).layers)
 
 
+def test_embeddings_are_in_host_memory_where_the_step_gets_faster_or_only_then_fits() -> None:
+    """2 x 2048 tokens of an 8B model: 1002 MiB less on the device for 0.6 ms."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    moved, read = 128256 * 4096 * 2, 4096 * 4096 * 2
+    assert facts.movable_bytes == moved and facts.embedding_read_bytes(shape) == read
+    made = plan(facts, shape, 7 * 2**30, H200)
+    assert made.embeddings_on_host and "embeddings in host memory" in str(made)
+    stay = plan(facts, shape, 7 * 2**30, H200, embeddings=(False,))
+    assert stay == plan(llama_8b(**STAYS), shape, 7 * 2**30, H200).__class__(
+        **{**vars(stay), "facts": stay.facts}
+    )
+    assert not stay.embeddings_on_host and made.step_s < stay.step_s
+    # As a budget with as much more, but for the time of the rows.
+    more = plan(llama_8b(**STAYS), shape, 7 * 2**30 + moved, H200)
+    assert made.layers == more.layers and made.peak_bytes == more.peak_bytes - moved
+    assert made.step_s - more.step_s == pytest.approx(read / H200.from_host_gb_s / 1e9, rel=1e-6)
+    assert made.host_bytes == more.host_bytes + moved
+    assert made.memory()["weights"] == stay.memory()["weights"] - moved
+    assert made.timeline()[-1][1] == stay.timeline()[-1][1] - moved
+    assert CheckpointPlan.from_dict(made.to_dict()) == made
+    with pytest.raises(ValueError, match="embeddings_on_host=1: allowed are true and false"):
+        CheckpointPlan.from_dict({**made.to_dict(), "embeddings_on_host": 1})
+    # Where all is kept anyway they stay, also where the link is so slow that it does not pay.
+    assert not plan(facts, shape, 2**40, H200).embeddings_on_host
+    slow = Rates(**{**H200.to_dict(), "from_host_gb_s": 0.1, "to_host_gb_s": 0.1})
+    assert not plan(facts, shape, 12 * 2**30, slow).embeddings_on_host
+    assert plan(facts, shape, 12 * 2**30, H200).embeddings_on_host
+    assert plan(facts, shape, smallest_budget_bytes(facts, shape, slow), slow).embeddings_on_host
+    # They count as host memory.
+    assert not plan(facts, shape, 7 * 2**30, H200, host_bytes=moved - 1).embeddings_on_host
+    with pytest.raises(ValueError, match=r"embeddings=\(True,\): allowed are False"):
+        plan(facts, shape, 7 * 2**30, H200, embeddings=(True,))
+    for changes in ({"tied": True}, {"embedding_bytes": 0}):
+        assert not llama_8b(**{**QLORA, **changes}).movable_bytes
+    assert not llama_8b(rank=0).movable_bytes and llama_8b(**PLAIN).movable_bytes == 2 * moved
+
+
+def test_the_smallest_budget_counts_with_embeddings_in_host_memory() -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    least, stay = (smallest_budget_bytes(llama_8b(**kind), shape, H200) for kind in (QLORA, STAYS))
+    assert least == stay - facts.movable_bytes
+    assert smallest_budget_bytes(facts, shape, H200, embeddings=(False,)) == stay
+    with pytest.raises(ValueError, match=r"at least .* of which weights take 4\.5") as error:
+        plan(facts, shape, least - 2**20, H200)
+    assert f"{-(-least // 2**20)} MiB" in str(error.value)
+    none_left = smallest_budget_bytes(facts, shape, H200, host_bytes=0)
+    assert none_left > stay and not plan(facts, shape, none_left, H200, host_bytes=0).embeddings_on_host
+
+
 def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
-    """An 8B model: 6.84 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
-    facts, short, long = llama_8b(**QLORA), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
-    for shape, budget in ((short, int(6.84 * 2**30)), (long, 24 * 2**30)):
+    """An 8B model: 6.8 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
+    facts, short, long = llama_8b(**STAYS), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
+    for shape, budget in ((short, int(6.8 * 2**30)), (long, 24 * 2**30)):
         assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
         made = plan(facts, shape, budget, H200)
         assert made.mlp_tiles > 1 and f"MLPs in {made.mlp_tiles} tiles" in str(made)
         assert made.tile_tokens * made.mlp_tiles >= shape.tokens
         assert {made.classes(layer)["gate_up"] for layer in range(32)} == {"recompute"}
-        top = max(size for _, size in made.timeline())
-        assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes
     assert plan(facts, short, 2**40, H200).mlp_tiles == 1
     sizes = [smallest_budget_bytes(facts, short, H200, tiles=(1, n)) for n in TILES if n * 512 <= 4096]
     assert sizes == sorted(sizes, reverse=True)
@@ -235,22 +331,22 @@ def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
         plan(facts, short, 2**40, H200, tiles=(2,))
 
 
-def test_mlps_are_made_again_in_one_piece_before_tiles_are_taken() -> None:
-    """7.0 GiB for 2 x 2048 tokens; of fused MLPs alone."""
-    facts, shape, budget = llama_8b(**QLORA), Shape(batch=2, seq=2048), 7 * 2**30
+def test_layers_whose_mlps_are_made_again_stand_beside_others() -> None:
+    """8192 tokens in 8 GiB: the link has no room for gate and up of all layers, but for some."""
+    facts, shape, budget = llama_8b(**QLORA), Shape(batch=1, seq=8192), 8 * 2**30
     made = plan(facts, shape, budget, H200)
-    assert made.mlps_again and made.mlp_tiles == 1 and "MLPs again" in str(made)
-    assert {made.classes(layer)["gate_up"] for layer in range(32)} == {"recompute"}
-    top = max(size for _, size in made.timeline())
-    assert 0.9 * made.peak_bytes < top <= 1.01 * made.peak_bytes
-    without = plan(facts, shape, budget, H200, tiles=(1,), mlps=(False,))
-    assert not without.mlps_again and without.step_s > made.step_s
+    counts = {name: made.layers.count(name) for name in OPTIONS}
+    assert counts["recompute_mlp_offload"] > 4 and counts["offload"] > 4 and made.mlp_tiles == 1
+    assert f"{counts['recompute_mlp_offload']} recompute mlp offload" in str(made)
+    classes = made.classes(made.layers.index("recompute_mlp_offload"))
+    assert classes["gate_up"] == "recompute" and classes["qkv"] == "offload"
+    without = [name for name in OPTIONS if name != "recompute_mlp_offload"]
+    assert plan(facts, shape, budget, H200, allow=without).step_s > made.step_s
+    # Those that leave more lie evenly among those that leave less.
+    away = [name for name in made.layers if name in ("offload", "recompute_mlp_offload")]
+    half = len(away) // 2
+    assert abs(away[:half].count("offload") - away[-half:].count("offload")) <= 1
     assert CheckpointPlan.from_dict(made.to_dict()) == made
-    assert not plan(facts, shape, 2**40, H200).mlps_again
-    plain = llama_8b(**PLAIN)
-    assert not plan(plain, shape, smallest_budget_bytes(plain, shape, H200), H200).mlps_again
-    with pytest.raises(ValueError, match=r"mlps=\(True,\): allowed are False, and True"):
-        plan(facts, shape, budget, H200, mlps=(True,))
 
 
 def test_limits_on_host_memory_and_options() -> None:
@@ -265,7 +361,7 @@ def test_limits_on_host_memory_and_options() -> None:
 
 
 def test_a_budget_that_is_too_small_names_the_smallest() -> None:
-    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    facts, shape = llama_8b(**STAYS), Shape(batch=2, seq=2048)
     with pytest.raises(
         ValueError, match=r"memory_budget_bytes=6\.00 GiB: 2 x 2048 tokens need at least"
     ) as error:
@@ -360,7 +456,7 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert CheckpointPlan.load(path) == made
     values = json.loads(path.read_text())
     for change, message in (
-        ({"version": 99}, "has version 99: allowed is 2"),
+        ({"version": 99}, "has version 99: allowed is 3"),
         ({"layers": ["keep"]}, f"one of {', '.join(OPTIONS)} for each of 32"),
         ({"layers": ["lose"] * 32}, "for each of 32 layers"),
         ({"facts": None}, "is no checkpointing plan"),
@@ -455,13 +551,17 @@ def test_the_command_prints_draws_and_saves(directory: Path, capsys: pytest.Capt
     assert CheckpointPlan.load(file) == made
     assert values["memory_plan"]["peak_bytes"] == made.peak_bytes
     assert sum(values["memory_plan"]["memory"].values()) == made.peak_bytes + made.margin_bytes
-    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "7GiB")
-    assert code == 0 and "MLPs run in one piece and are made again" in out
-    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "6.84GiB")
-    small = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), int(6.84 * 2**30), H200)
+    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", "6GiB")
+    assert code == 0 and "offload input, qkv, attention" in out
+    assert "the input embeddings are read from host memory (0.98 GiB)" in out
+    least = smallest_budget_bytes(llama_8b(**QLORA), Shape(batch=2, seq=2048), H200)
+    code, out, _ = run(capsys, "plan", directory, *STEP, "--budget", least)
+    small = plan(llama_8b(**QLORA), Shape(batch=2, seq=2048), least, H200)
     assert f"MLPs run in {small.mlp_tiles} tiles of {small.tile_tokens} tokens" in out
-    kept = small.costs().options["keep"].kept_bytes
-    assert code == 0 and f"{kept / 2**20:.0f} " in out
+    options = small.costs().options
+    shown = [(options[name].kept_bytes, options[name].host_bytes) for name in set(small.layers)]
+    assert code == 0 and all(f"{size / 2**20:.0f} " in out for sizes in shown for size in sizes)
+    kept = options["keep"].kept_bytes
     sizes = small.facts.saved_bytes(small.shape)
     normed = sizes["normed"] + sizes["mlp_normed"] if small.norms_again else 0
     assert kept == sum(sizes.values()) - small.facts.mlp_bytes(small.shape) - normed

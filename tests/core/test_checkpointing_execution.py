@@ -80,6 +80,7 @@ def planned(model: Any, layers: tuple[str, ...], **changes: Any) -> CheckpointPl
 
 
 MIXED = ("offload", "recompute_offload", "recompute_mlp", "keep")
+MLPS_AGAIN = {"keep": "recompute_mlp", "offload": "recompute_mlp_offload"}
 
 
 @pytest.mark.parametrize("layers", [*((o,) * 3 + ("keep",) for o in OPTIONS), ("recompute",) * 4, MIXED])
@@ -214,7 +215,7 @@ def test_mlps_that_are_made_again_in_one_piece_give_the_same_bits(
     whole: list[Any] = []
     apply = lora._LoraMLP.apply
     monkeypatch.setattr(lora._LoraMLP, "apply", lambda *a: whole.append(a) or apply(*a))
-    chosen = planned(model, (option,) * 3 + ("keep",), norms_again=norms, mlps_again=True)
+    chosen = planned(model, (MLPS_AGAIN.get(option, option),) * 3 + ("recompute_mlp",), norms_again=norms)
     with sloth.accelerate(model, checkpointing=chosen):
         whole.clear()  # of the proofs
         same(step(model, given), want)
@@ -398,18 +399,16 @@ def budget_of_norms(model: Any) -> int:
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("layers", "tiles", "mlps"),
+    ("layers", "tiles"),
     [
-        *(((o,) * 3 + ("keep",), 1, False) for o in OPTIONS),
-        (MIXED, 1, False),
-        (MIXED, 4, False),
-        (("keep",) * 4, 1, True),
-        (MIXED, 1, True),
+        *(((o,) * 3 + ("keep",), 1) for o in OPTIONS),
+        (MIXED, 1),
+        (MIXED, 4),
+        (tuple(MLPS_AGAIN.get(o, o) for o in MIXED), 1),
+        (("recompute_mlp_offload", "offload", "recompute_mlp_offload", "recompute_mlp"), 1),
     ],
 )
-def test_the_same_bits_on_a_gpu(
-    layers: tuple[str, ...], tiles: int, mlps: bool, dtype: torch.dtype, norms: bool
-) -> None:
+def test_the_same_bits_on_a_gpu(layers: tuple[str, ...], tiles: int, dtype: torch.dtype, norms: bool) -> None:
     """With copies on a stream of their own: under autocast and without, dropout, a second backward,
     generation between steps, another shape. In tiles: as the whole but for rounding.
     """
@@ -440,7 +439,7 @@ def test_the_same_bits_on_a_gpu(
         want, want_twice = steps(), twice()
         for one, other in zip(steps(), want, strict=True):
             same(one, other)  # else nothing here means anything
-    chosen = planned(model, layers, mlp_tiles=tiles, norms_again=norms, mlps_again=mlps)
+    chosen = planned(model, layers, mlp_tiles=tiles, norms_again=norms)
     with sloth.accelerate(model, checkpointing=chosen) as acceleration:
         ours = {row.op for row in acceleration.report.patched}
         assert {"lora_linear", "lora_mlp", "rms_norm", "add_rms_norm"} <= ours
