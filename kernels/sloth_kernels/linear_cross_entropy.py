@@ -28,11 +28,23 @@ knows the labels on the host gives `hidden[kept]` and `labels[kept]`: sum and me
 Gradients that wait for the backward's scalar wait in float32 and are rounded once, except dW of a 16-bit
 weight, for which that would take more memory than all the rest. It adds up in its own dtype, and each sum is
 rounded: with shares c1 <= c2 <= ... <= 1 of the tokens in it, the error is sqrt(c1 + c2 + ... + 1) times that
-of one matmul (measured: 1.2 for two equal chunks, 1.5 for four, 2 for eight). So the first chunk is the
-smallest, and the last ones go into one matmul: the gradients of the last chunk's logits are there, and those
-of the chunks before it are computed again from their lse, for a few columns at a time. At 8,192 tokens that
-is a quarter of a matmul, the error stays below sqrt(2.2) = 1.48, and nothing is held but the buffer. Where
-more than 0.3 of a matmul would be computed again (many tokens), dW adds up in float32 instead.
+of one matmul (measured: 1.2 for two equal chunks, 1.5 for four, 2 for eight). It is kept below
+MOST_ROUNDINGS, sqrt(2.2) = 1.48, in one of three ways, by what they cost (`_weight_sums`):
+
+    Lent    dW's memory is free until dW is made, and holds the logits of H tokens; with the buffer, of n > H.
+            They lie there transposed, (V, n), the first rows in dW's memory behind a free front, the rest in
+            the buffer; losses and gradients are made down their columns. Then dW of all n tokens is one
+            matmul for each block of its rows, from the front on: rows [i, j) end at jH, and the logits that
+            are still to be read begin at front + in, so that blocks grow as they go. The other tokens follow
+            in chunks. At H = 4,096 and 8,192 tokens that is n = 6,144 and one chunk, two sums, error
+            sqrt(0.75 + 1) = 1.32. The front's first use is for float32 sums over both parts of V.
+    Chunks  The first chunk is the smallest. The last ones, if need be in both ways, go into one matmul: the
+            gradients of the last chunk's logits are there, and those of the chunks before it are computed
+            again from their lse, for a few columns at a time, at most 0.3 of a matmul.
+    Wide    dW adds up in float32 (many tokens; float16, see HALF_SHIFT).
+
+Where a float32 dh would leave too little memory for the first way, dh has the dtype of h: a scalar that is no
+power of two then rounds it once more, which makes its error sqrt(2) times as large, and not more.
 
 [1] Hsu et al., Liger Kernel, arXiv:2410.10989: gradients in the forward
 [2] Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009
@@ -76,7 +88,12 @@ ROW_MULTIPLE = 128
 TILE_ROWS, TILE_COLUMNS = 128, 256
 FEWEST_ROWS = 1024
 # From how many times the tiles of a gradient of hidden states its sum over the vocabulary is shared out.
-LEAST_SHARES = 4
+LEAST_SHARES = 2
+# What a chunk costs beside its rounds of tiles: as long as such a round over so many columns of the
+# vocabulary (0.1 ms on an H200, from 3 and 12 chunks of the same tokens). And what memory is worth: with half
+# of the rows, rounds and chunks may take 2^0.25 times as long.
+CHUNK_COLUMNS = 8192
+ROWS_EXPONENT = 0.25
 # For sums of dW in 16 bits, see above: c1 + c2 + ... + 1, and the share of the tokens computed again.
 MOST_ROUNDINGS = 2.2
 MOST_AGAIN = 0.3
@@ -90,9 +107,10 @@ FRONT_ROWS = 2048
 # An addition to dW reads and writes it once more: as long as a matmul with so many tokens (700 TFLOP/s,
 # 4.2 TB/s).
 ADD_TOKENS = 320
-# Transposed logits: rows of the vocabulary and tokens of a tile, tiles of a program, and float32 numbers that
-# sums over the vocabulary need for each token at least.
+# Transposed logits: rows of the vocabulary and tokens of a tile, programs that sum, tiles of a program that
+# makes gradients, and float32 numbers that sums over the vocabulary need for each token at least.
 COLUMN_TILE = (16, 128)
+COLUMN_PROGRAMS = 24  # a multiprocessor
 COLUMN_REPEATS = 8
 COLUMN_SUMS = 9
 # Rows of the buffer begin at multiples of this many elements, for cuBLAS and for vectors of 16 bytes.
@@ -293,7 +311,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             for i in range(0, blocks):
                 column = i * BLOCK + lane
                 a = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-                z, slope = _logit(a, outer, inner, CAPPED, SCALED)
+                z, _slope = _logit(a, outer, inner, CAPPED, SCALED)
                 if SMOOTHING:
                     total += tl.where(column < V, z, 0.0)
                 z = tl.where(column < V, z, float("-inf"))
@@ -375,7 +393,10 @@ def _column_sums_kernel(  # type: ignore[no-untyped-def]
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Of transposed logits (V, tokens), `share` rows: each token's maximum, sum of exp, sum."""
+    """Of transposed logits (V, tokens), `share` rows: each token's maximum, sum of exp, sum.
+
+    What is behind the tokens, up to the stride, is read as well: aligned vectors.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, V)
@@ -384,9 +405,9 @@ def _column_sums_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
     for i in range(0, (end - begin + BLOCK_V - 1) // BLOCK_V):
         row = (begin + i * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
-        mask = (row < end)[:, None] & (token < tokens)[None, :]
+        mask = (row < end)[:, None] & (token < stride)[None, :]
         a = tl.load(logits_ptr + row[:, None] * stride + token[None, :], mask=mask, other=0.0)
-        z, slope = _logit(a.to(tl.float32), outer, inner, CAPPED, SCALED)
+        z, _slope = _logit(a.to(tl.float32), outer, inner, CAPPED, SCALED)
         if SMOOTHING:
             total += tl.where(mask, z, 0.0)
         m, s, _u = _online(m, s, s, tl.where(mask, z, float("-inf")), False)
@@ -422,22 +443,29 @@ def _column_losses_kernel(  # type: ignore[no-untyped-def]
     SCALED: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Losses of the parts' sums. The first `split` rows of the transposed logits are at one place."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = token < tokens
-    m = tl.full((BLOCK_T,), -1.0e38, dtype=tl.float32)
-    s = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for i in range(0, parts):
-        part = tl.load(m_ptr + i * tokens + token, mask=mask, other=0.0)
-        larger = tl.maximum(m, part)
-        s *= tl.exp(m - larger)
-        s += tl.load(s_ptr + i * tokens + token, mask=mask, other=1.0) * tl.exp(part - larger)
-        m = larger
+    maxima = tl.full((BLOCK_V, BLOCK_T), -1.0e38, dtype=tl.float32)
+    sums = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    totals = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    for i in range(0, (parts + BLOCK_V - 1) // BLOCK_V):
+        part = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        at = part[:, None] * tokens + token[None, :]
+        there = (part < parts)[:, None] & mask[None, :]
+        m = tl.load(m_ptr + at, mask=there, other=-1.0e38)
+        larger = tl.maximum(maxima, m)
+        s = tl.load(s_ptr + at, mask=there, other=0.0)
+        sums = sums * tl.exp(maxima - larger) + s * tl.exp(m - larger)
+        maxima = larger
         if SMOOTHING:
-            total += tl.load(total_ptr + i * tokens + token, mask=mask, other=0.0)
+            totals += tl.load(total_ptr + at, mask=there, other=0.0)
+    top = tl.max(maxima, axis=0)
+    sum_exp = tl.sum(sums * tl.exp(maxima - top[None, :]), axis=0)
+    total = tl.sum(totals, axis=0)
     label = tl.load(labels_ptr + token, mask=mask, other=0)
     kept = mask & (label != ignore_index)
     nan = float("nan")
@@ -446,7 +474,7 @@ def _column_losses_kernel(  # type: ignore[no-untyped-def]
     own = tl.load(first_ptr + label * stride + token, mask=near, other=nan).to(tl.float32)
     other = tl.load(second_ptr + (label - split) * stride + token, mask=far, other=nan).to(tl.float32)
     own, _slope = _logit(tl.where(far, other, own), outer, inner, CAPPED, SCALED)
-    loss, lse = _loss(m, tl.log(s), own, total, V, smoothing, z_loss, SMOOTHING, Z_LOSS)
+    loss, lse = _loss(top, tl.log(sum_exp), own, total, V, smoothing, z_loss, SMOOTHING, Z_LOSS)
     tl.store(loss_ptr + token, tl.where(kept, loss, 0.0), mask=mask)
     tl.store(lse_ptr + token, tl.where(kept, lse, 0.0), mask=mask)
 
@@ -479,7 +507,10 @@ def _column_gradients_kernel(  # type: ignore[no-untyped-def]
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Gradients in the place of `share` rows of transposed logits: rows `first` to `first` + V of them."""
+    """Gradients in the place of `share` rows of transposed logits: rows `first` to `first` + V of them.
+
+    What is behind the tokens becomes 0.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, V)
@@ -498,7 +529,7 @@ def _column_gradients_kernel(  # type: ignore[no-untyped-def]
         grad_entropy = tl.load(grad_entropy_ptr + token, mask=inside, other=0.0)
     for i in range(0, (end - begin + BLOCK_V - 1) // BLOCK_V):
         row = (begin + i * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
-        mask = (row < end)[:, None] & inside[None, :]
+        mask = (row < end)[:, None] & (token < stride)[None, :]
         at = logits_ptr + row[:, None] * stride + token[None, :]
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         d = _logit_gradient(
@@ -620,9 +651,7 @@ def _logits_torch(head: _Head, logits: torch.Tensor) -> tuple[torch.Tensor, torc
     return z if head.outer == 1 else z * head.outer, head.outer
 
 
-def _loss_torch(
-    head: _Head, lse: torch.Tensor, own: torch.Tensor, mean: torch.Tensor | None
-) -> torch.Tensor:
+def _loss_torch(head: _Head, lse: torch.Tensor, own: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     loss = lse - own
     if mean is not None:
         loss += head.smoothing * (own - mean)
@@ -689,8 +718,9 @@ def _columns_pass(
 ) -> None:
     """`_rows_pass` of transposed logits, whose gradients take their place; no entropy and top1 to fill.
 
-    pieces: two, (n, tokens) and (V - n, tokens), of the same strides, tokens adjoining. scratch: float32,
-    COLUMN_SUMS numbers for each token at least, of anything.
+    pieces: two, (n, tokens) and (V - n, tokens), of the same strides, tokens adjoining, and finite numbers of
+    nobody's behind them, up to the stride. scratch: float32, COLUMN_SUMS numbers for each token at least, of
+    anything.
     """
     near, far = pieces
     split, tokens = near.shape
@@ -705,7 +735,10 @@ def _columns_pass(
     with torch.cuda.device_of(near):
         if rows.loss is not None:
             assert rows.entropy is None and rows.top1 is None
-            most = min(_ceil(8 * max(1, _processors(near.device)), tiles), scratch.numel() // (3 * tokens) - 2)
+            most = min(
+                _ceil(COLUMN_PROGRAMS * max(1, _processors(near.device)), tiles),
+                scratch.numel() // (3 * tokens) - 2,
+            )
             share = _ceil(_ceil(v, most), COLUMN_TILE[0]) * COLUMN_TILE[0]
             counts = [_ceil(piece.shape[0], share) for piece in pieces]
             m, s, total = scratch[: 3 * sum(counts) * tokens].view(3, sum(counts), tokens)
@@ -747,8 +780,7 @@ def _columns_pass(
                 head.z_loss,
                 **flags,
                 Z_LOSS=head.z_loss != 0,
-                BLOCK_T=COLUMN_TILE[1],
-                num_warps=4,
+                **block,
             )
         assert rows.grad is not None
         entropy, grad_entropy = (
@@ -828,25 +860,29 @@ def most_rows(row_bytes: int, beside_bytes: int, device: torch.device) -> int:
     return max(1, most_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def chunk_rows(tokens: int, most: int, width: int = 0, processors: int = 0, v: int = 0) -> int:
+def chunk_rows(
+    tokens: int, most: int, width: int = 0, processors: int = 0, v: int = 0, shared: bool = False
+) -> int:
     """Rows of a chunk: a multiple of ROW_MULTIPLE, as few chunks as may be, all about as long.
 
-    With the width of the hidden states and a GPU's multiprocessors: the rows for which the gradient of the
-    hidden states takes the fewest rounds of tiles. It sums over the vocabulary, so each round is long, and
-    one that fills half of the card is half wasted, unless the sum over all `v` is shared out. Of equal ones
-    the shortest from FEWEST_ROWS on.
+    With the width of the hidden states, a GPU's multiprocessors and the vocabulary: from FEWEST_ROWS on,
+    those that are fast and few. What depends on them is the gradient of the hidden states. It sums over the
+    vocabulary, so each of its rounds of tiles is long, and one that fills half of the card is half wasted,
+    unless the sum may be `shared` out. And each chunk has its launches, and their ends, as the card empties.
     """
     even = _ceil(_ceil(tokens, _ceil(tokens, most)), ROW_MULTIPLE) * ROW_MULTIPLE
     if not processors or tokens <= FEWEST_ROWS or most <= FEWEST_ROWS:
         return even
 
     def of_chunk(rows: int) -> float:
-        return _ceil(_tiles(rows, width), processors) / shares(rows, width, v, processors)
+        return _ceil(_tiles(rows, width), processors) / shares(rows, width, v if shared else 0, processors)
 
-    def rounds(rows: int) -> float:
-        return round(tokens // rows * of_chunk(rows) + (of_chunk(tokens % rows) if tokens % rows else 0), 6)
+    def cost(rows: int) -> float:
+        rounds = tokens // rows * of_chunk(rows) + (of_chunk(tokens % rows) if tokens % rows else 0)
+        columns: float = (rounds * v + _ceil(tokens, rows) * CHUNK_COLUMNS) * rows**ROWS_EXPONENT
+        return columns
 
-    return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=lambda rows: (rounds(rows), rows))
+    return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=cost)
 
 
 def shares(rows: int, width: int, v: int, processors: int) -> int:
@@ -894,9 +930,9 @@ class _Lent(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """How a 16-bit dW adds up: first the tokens of `lent`, then `count` in each chunk."""
+    """How a 16-bit dW adds up: first the tokens of `lent`, then so many `rows` in each chunk."""
 
-    count: int
+    rows: int
     again: int = 0  # chunks before the last whose logits are computed again
     wide: bool = False  # dW is float32
     lent: _Lent | None = None
@@ -931,7 +967,7 @@ def _lent_sums(
             first = tokens - chunks * count
             if first <= 0:
                 continue
-            sums = 0 if exact else min(first, chunk_rows(first, FRONT_ROWS // 2, k, processors))
+            sums = 0 if exact else min(first, chunk_rows(first, FRONT_ROWS, k, processors, v))
             lent = _lend(first, k, v, most, sums)
             if lent is None:
                 break
@@ -945,11 +981,15 @@ def _lent_sums(
             again = next(fitting, None)
             if again is None:
                 continue
-            beside = (again + 1) * count * AGAIN_COLUMNS if again else 0
+            parts = shares(count, k, shared, processors)
+            beside = max(
+                (again + 1) * count * AGAIN_COLUMNS if again else 0, 2 * parts * count * k if parts > 1 else 0
+            )
             if chunks and count * width + beside > most:
                 continue
-            parts = [first] if exact else [sums] * (first // sums) + [first % sums]
-            cost = sum(_waste(rows, k, processors) for rows in parts) + again * count
+            cost: float = again * count
+            for rows in [first] if exact else [sums] * (first // sums) + [first % sums]:
+                cost += _waste(rows, k, processors)
             cost += chunks * _waste(count, k, processors, shared) + (chunks - again) * ADD_TOKENS
             found.append((cost, _Sums(count if chunks else 0, again, False, lent, exact)))
         if found:
@@ -975,7 +1015,7 @@ def _weight_sums(
     """
     count, again, wide = _weight_chunks(tokens, most)
     chunks = _ceil(tokens, count)
-    cost = again * count + (chunks - 1 - again) * ADD_TOKENS
+    cost = float(again * count + (chunks - 1 - again) * ADD_TOKENS)
     for rows in [tokens - (chunks - 1) * count] + [count] * (chunks - 1):
         cost += _waste(rows, k, machine[0], machine[1])
     # Rather another rounding of the gradient of hidden states than logits computed again.
@@ -1053,7 +1093,8 @@ def _shared_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
         products = torch.bmm(lefts, rights, out_dtype=torch.float32)
     else:
         products = torch.bmm(lefts.float(), rights.float())
-    out.copy_(products.sum(0))
+    # The last addition rounds, without another pass.
+    torch.add(products[0] if parts == 2 else products[:-1].sum(0), products[-1], out=out)
 
 
 def _processors(device: torch.device) -> int:
@@ -1114,18 +1155,20 @@ def _pass(
     same = head.logits_dtype == dtype
     row_bytes = width * (dtype.itemsize if same else 2 * head.logits_dtype.itemsize + dtype.itemsize)
     narrow = needs[1] and isinstance(weight, torch.Tensor) and weight.dtype == dtype and dtype.itemsize == 2
-    # Beside the buffer: what a float32 dh has more than dh, and a slab that is computed again.
+    # Beside the buffer: what a float32 dh has more than dh; a slab that is computed again, or shares of sums.
     excess_bytes = tokens * k * (4 - dtype.itemsize) if needs[0] and exact else 0
-    beside_bytes = excess_bytes
-    if narrow:
-        beside_bytes += 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
-    most = most_rows(row_bytes, beside_bytes, hidden.device)
     processors = _processors(hidden.device)
     shared = v if dtype.itemsize == 2 and OUT_DTYPE else 0
+    again_bytes = 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
+    shared_bytes = 4 * processors * TILE_ROWS * TILE_COLUMNS if needs[0] and shared else 0
+    beside_bytes = excess_bytes + max(again_bytes if narrow else 0, shared_bytes)
+    most = most_rows(row_bytes, beside_bytes, hidden.device)
     if not narrow or (exact and dtype == torch.float16):  # see HALF_SHIFT
-        plan = _Sums(chunk_rows(tokens, most, k, processors, shared), wide=narrow)
+        plan = _Sums(chunk_rows(tokens, most, k, processors, v, bool(shared)), wide=narrow)
     elif same:
-        elements, excess = (n // dtype.itemsize for n in (spare_bytes(LENT_BYTES, hidden.device), excess_bytes))
+        elements, excess = (
+            n // dtype.itemsize for n in (spare_bytes(LENT_BYTES, hidden.device), excess_bytes)
+        )
         plan = _weight_sums(tokens, k, v, most, elements, excess, exact, (processors, shared))
     else:
         plan = _Sums(*_weight_chunks(tokens, most))
@@ -1209,7 +1252,7 @@ def _first_sum(
     dw: torch.Tensor,
     db: torch.Tensor | None,
 ) -> None:
-    """Those tokens' losses, their part of dh and db, and dW of them alone; their logits are in dW's memory."""
+    """Losses of those tokens, their part of dh and db, and dW of them alone: logits are in dW's memory."""
     (tokens, k), v = hidden.shape, dense.shape[0]
     memory = dw.view(-1)
     inside, outside = memory[lent.offset :], space
