@@ -1040,6 +1040,26 @@ def test_no_synchronisation(trainable):
         linear_cross_entropy(**inputs, reduction="sum", num_items=300).backward()
         linear_log_probs(inputs["hidden"], inputs["weight"], ids, entropy=True)[0].sum().backward()
 
+    _without_waiting(step)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_with_logits_in_the_memory_of_the_weight_gradient(lend):
+    chosen = lend(8000)
+    inputs = tensors(torch.device("cuda"), torch.bfloat16, rows=(65,))
+    for name in NAMES:
+        inputs[name].requires_grad_()
+
+    def step() -> None:
+        linear_cross_entropy(**inputs, label_smoothing=0.1).backward()
+        linear_cross_entropy(**inputs, reduction="none").sum().backward()
+
+    _without_waiting(step)
+    assert len(chosen) == 4 and all(plan.lent is not None for plan in chosen)
+
+
+def _without_waiting(step: Callable[[], None]) -> None:
+    """A second `step`, in which nothing may make the host wait."""
     step()
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
@@ -1055,8 +1075,25 @@ def test_no_synchronisation(trainable):
 def test_real_sizes(v, monkeypatch):
     """A slice of the hidden states is enough for the truth in float64; its width and dtype are real."""
     monkeypatch.setattr(op, "LOGITS_BYTES", 2**27)
+    monkeypatch.setattr(op, "LENT_BYTES", 2**27)
     inputs = {name: x[:768] if name != "weight" else x for name, x in _real_size(v).items()}
     check(linear_cross_entropy, linear_cross_entropy_reference, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4096, 6143, 8192])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_trainable_head_of_real_width(tokens, reduction, monkeypatch):
+    """In one sum and in two, with labels that are frequent: tokens of both sums add to the same rows of dW."""
+    monkeypatch.setattr(op, "LOGITS_BYTES", 2**28)
+    monkeypatch.setattr(op, "LENT_BYTES", 2**28)
+    real, chosen = op._weight_sums, []
+    monkeypatch.setattr(op, "_weight_sums", lambda *a: chosen.append(real(*a)) or chosen[-1])
+    inputs = {name: x[:tokens] if name != "weight" else x for name, x in _real_size(50_257).items()}
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] < 0, inputs["labels"] % 64)
+    check_loss(inputs, True, [torch.ones((), device="cuda")], reduction=reduction)
+    assert {tokens} == {plan.lent.tokens + plan.rows for plan in chosen}
+    assert all(plan.again == 0 and not plan.wide for plan in chosen)
 
 
 def test_the_bound_is_not_vacuous():
