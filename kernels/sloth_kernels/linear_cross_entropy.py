@@ -28,11 +28,23 @@ knows the labels on the host gives `hidden[kept]` and `labels[kept]`: sum and me
 Gradients that wait for the backward's scalar wait in float32 and are rounded once, except dW of a 16-bit
 weight, for which that would take more memory than all the rest. It adds up in its own dtype, and each sum is
 rounded: with shares c1 <= c2 <= ... <= 1 of the tokens in it, the error is sqrt(c1 + c2 + ... + 1) times that
-of one matmul (measured: 1.2 for two equal chunks, 1.5 for four, 2 for eight). So the first chunk is the
-smallest, and the last ones go into one matmul: the gradients of the last chunk's logits are there, and those
-of the chunks before it are computed again from their lse, for a few columns at a time. At 8,192 tokens that
-is a quarter of a matmul, the error stays below sqrt(2.2) = 1.48, and nothing is held but the buffer. Where
-more than 0.3 of a matmul would be computed again (many tokens), dW adds up in float32 instead.
+of one matmul (measured: 1.2 for two equal chunks, 1.5 for four, 2 for eight). It is kept below
+MOST_ROUNDINGS, sqrt(2.2) = 1.48, in one of three ways, by what they cost (`_weight_sums`):
+
+    Lent    dW's memory is free until dW is made, and holds the logits of H tokens; with the buffer, of n > H.
+            They lie there transposed, (V, n), the first rows in dW's memory behind a free front, the rest in
+            the buffer; losses and gradients are made down their columns. Then dW of all n tokens is one
+            matmul for each block of its rows, from the front on: rows [i, j) end at jH, and the logits that
+            are still to be read begin at front + in, so that blocks grow as they go. The other tokens follow
+            in chunks. At H = 4,096 and 8,192 tokens that is n = 6,144 and one chunk, two sums, error
+            sqrt(0.75 + 1) = 1.32. The front's first use is for float32 sums over both parts of V.
+    Chunks  The first chunk is the smallest. The last ones, if need be in both ways, go into one matmul: the
+            gradients of the last chunk's logits are there, and those of the chunks before it are computed
+            again from their lse, for a few columns at a time, at most 0.3 of a matmul.
+    Wide    dW adds up in float32 (many tokens; float16, see HALF_SHIFT).
+
+Where a float32 dh would leave too little memory for the first way, dh has the dtype of h: a scalar that is no
+power of two then rounds it once more, which makes its error sqrt(2) times as large, and not more.
 
 [1] Hsu et al., Liger Kernel, arXiv:2410.10989: gradients in the forward
 [2] Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009
@@ -47,7 +59,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,12 +88,31 @@ ROW_MULTIPLE = 128
 TILE_ROWS, TILE_COLUMNS = 128, 256
 FEWEST_ROWS = 1024
 # From how many times the tiles of a gradient of hidden states its sum over the vocabulary is shared out.
-LEAST_SHARES = 4
+LEAST_SHARES = 2
+# What a chunk costs beside its rounds of tiles: as long as such a round over so many columns of the
+# vocabulary (0.1 ms on an H200, from 3 and 12 chunks of the same tokens). And what memory is worth: with half
+# of the rows, rounds and chunks may take 2^0.25 times as long.
+CHUNK_COLUMNS = 8192
+ROWS_EXPONENT = 0.25
 # For sums of dW in 16 bits, see above: c1 + c2 + ... + 1, and the share of the tokens computed again.
 MOST_ROUNDINGS = 2.2
 MOST_AGAIN = 0.3
 # Columns of logits that are computed again at a time; the rows of dW that one matmul makes.
 AGAIN_COLUMNS = 2048
+# The same with logits in dW's memory, where nothing is computed again: everything but a few hundred kB.
+LENT_BYTES = 610 * 2**20
+# Rows of dW whose memory holds no logits, so that there is where dW may begin, and room for float32 sums: of
+# gradients of hidden states half as many rows.
+FRONT_ROWS = 2048
+# An addition to dW reads and writes it once more: as long as a matmul with so many tokens (700 TFLOP/s,
+# 4.2 TB/s).
+ADD_TOKENS = 320
+# Transposed logits: rows of the vocabulary and tokens of a tile, programs that sum, tiles of a program that
+# makes gradients, and float32 numbers that sums over the vocabulary need for each token at least.
+COLUMN_TILE = (16, 128)
+COLUMN_PROGRAMS = 24  # a multiprocessor
+COLUMN_REPEATS = 8
+COLUMN_SUMS = 9
 # Rows of the buffer begin at multiples of this many elements, for cuBLAS and for vectors of 16 bytes.
 COLUMN_MULTIPLE = 64
 SLAB_BYTES = 2**26
@@ -153,6 +184,66 @@ def _logit(a, outer, inner, CAPPED: tl.constexpr, SCALED: tl.constexpr):  # type
 
 
 @triton.jit
+def _online(m, s, u, z, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One more logit for each lane: maximum m, s = sum exp(z - m), u = sum exp(z - m) (z - m)."""
+    larger = tl.maximum(m, z)
+    shrink = tl.exp(m - larger)
+    e = tl.exp(z - larger)
+    if ENTROPY:
+        u = (u + (m - larger) * s) * shrink + tl.where(e > 0.0, e * (z - larger), 0.0)
+    return larger, s * shrink + e, u
+
+
+@triton.jit
+def _loss(  # type: ignore[no-untyped-def]
+    top, log_sum, own, total, classes, smoothing, z_loss, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
+):
+    """(loss, lse) of a maximum, the logarithm of its sum, the label's logit and the sum of all."""
+    lse = top + log_sum
+    loss = (top - own) + log_sum
+    if SMOOTHING:
+        loss += smoothing * (own - total / classes)
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+    return loss, lse
+
+
+@triton.jit
+def _logit_gradient(  # type: ignore[no-untyped-def]
+    a,
+    hit,
+    base,
+    rise,
+    grad,
+    lse,
+    entropy,
+    grad_entropy,
+    classes,
+    outer,
+    inner,
+    smoothing,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ENTROPY_GRADIENT: tl.constexpr,
+):
+    """da of logits a: exp(z - base) rise is p times what it is worth, `hit` says which is the label's."""
+    z, slope = _logit(a, outer, inner, CAPPED, SCALED)
+    p = tl.exp(z - base)
+    d = p * rise
+    if ENTROPY_GRADIENT:
+        d -= tl.where(p > 0.0, grad_entropy * p * (z - lse + entropy), 0.0)
+    if SMOOTHING:
+        d -= grad * smoothing / classes
+        d -= tl.where(hit, grad * (1.0 - smoothing), 0.0)
+    else:
+        d -= tl.where(hit, grad, 0.0)
+    if CAPPED or SCALED:
+        d *= slope
+    return d
+
+
+@triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     out_ptr,
@@ -220,30 +311,20 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             for i in range(0, blocks):
                 column = i * BLOCK + lane
                 a = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-                z, slope = _logit(a, outer, inner, CAPPED, SCALED)
+                z, _slope = _logit(a, outer, inner, CAPPED, SCALED)
                 if SMOOTHING:
                     total += tl.where(column < V, z, 0.0)
                 z = tl.where(column < V, z, float("-inf"))
                 if TOP1:
                     index = tl.where(z > best, column, index)
                     best = tl.maximum(best, z)
-                larger = tl.maximum(m, z)
-                shrink = tl.exp(m - larger)
-                e = tl.exp(z - larger)
-                if ENTROPY:
-                    u = (u + (m - larger) * s) * shrink + tl.where(e > 0.0, e * (z - larger), 0.0)
-                s = s * shrink + e
-                m = larger
+                m, s, u = _online(m, s, u, z, ENTROPY)
             top = tl.max(m, axis=0)
             weight = tl.exp(m - top)
             sum_exp = tl.sum(s * weight, axis=0)
             log_sum = tl.log(sum_exp)
-            lse = top + log_sum
-            loss = (top - own) + log_sum
-            if SMOOTHING:
-                loss += smoothing * (own - tl.sum(total, axis=0) / V)
-            if Z_LOSS:
-                loss += z_loss * lse * lse
+            total = tl.sum(total, axis=0)
+            loss, lse = _loss(top, log_sum, own, total, V, smoothing, z_loss, SMOOTHING, Z_LOSS)
             tl.store(loss_ptr + row, loss)
             tl.store(lse_ptr + row, lse)
             if ENTROPY:
@@ -264,26 +345,213 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
                 base = top
             else:
                 base = lse
+            entropy = 0.0
+            grad_entropy = 0.0
             if ENTROPY_GRADIENT:
-                grad_entropy = tl.load(grad_entropy_ptr + row)
                 entropy = tl.load(entropy_ptr + row)
+                grad_entropy = tl.load(grad_entropy_ptr + row)
             # Backwards: what was read last may still be in a cache.
             for i in range(0, blocks):
                 column = (blocks - 1 - i) * BLOCK + lane
                 a = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-                z, slope = _logit(a, outer, inner, CAPPED, SCALED)
-                p = tl.exp(z - base)
-                d = p * rise
-                if ENTROPY_GRADIENT:
-                    d -= tl.where(p > 0.0, grad_entropy * p * (z - lse + entropy), 0.0)
-                if SMOOTHING:
-                    d -= grad * smoothing / classes
-                    d -= tl.where(column + first == label, grad * (1.0 - smoothing), 0.0)
-                else:
-                    d -= tl.where(column + first == label, grad, 0.0)
-                if CAPPED or SCALED:
-                    d *= slope
+                d = _logit_gradient(
+                    a,
+                    column + first == label,
+                    base,
+                    rise,
+                    grad,
+                    lse,
+                    entropy,
+                    grad_entropy,
+                    classes,
+                    outer,
+                    inner,
+                    smoothing,
+                    CAPPED,
+                    SCALED,
+                    SMOOTHING,
+                    ENTROPY_GRADIENT,
+                )
                 tl.store(out_ptr + column, d.to(out_ptr.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _column_sums_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    m_ptr,
+    s_ptr,
+    total_ptr,
+    V,
+    tokens,
+    stride,
+    share,
+    outer,
+    inner,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Of transposed logits (V, tokens), `share` rows: each token's maximum, sum of exp, sum.
+
+    What is behind the tokens, up to the stride, is read as well: aligned vectors.
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, V)
+    m = tl.full((BLOCK_V, BLOCK_T), -1.0e38, dtype=tl.float32)
+    s = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    total = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    for i in range(0, (end - begin + BLOCK_V - 1) // BLOCK_V):
+        row = (begin + i * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (row < end)[:, None] & (token < stride)[None, :]
+        a = tl.load(logits_ptr + row[:, None] * stride + token[None, :], mask=mask, other=0.0)
+        z, _slope = _logit(a.to(tl.float32), outer, inner, CAPPED, SCALED)
+        if SMOOTHING:
+            total += tl.where(mask, z, 0.0)
+        m, s, _u = _online(m, s, s, tl.where(mask, z, float("-inf")), False)
+    top = tl.max(m, axis=0)
+    to = tl.program_id(1) * tokens + token
+    tl.store(m_ptr + to, top, mask=token < tokens)
+    tl.store(s_ptr + to, tl.sum(s * tl.exp(m - top[None, :]), axis=0), mask=token < tokens)
+    if SMOOTHING:
+        tl.store(total_ptr + to, tl.sum(total, axis=0), mask=token < tokens)
+
+
+@triton.jit
+def _column_losses_kernel(  # type: ignore[no-untyped-def]
+    first_ptr,
+    second_ptr,
+    labels_ptr,
+    m_ptr,
+    s_ptr,
+    total_ptr,
+    loss_ptr,
+    lse_ptr,
+    split,
+    V,
+    tokens,
+    stride,
+    parts,
+    ignore_index,
+    outer,
+    inner,
+    smoothing,
+    z_loss,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Losses of the parts' sums. The first `split` rows of the transposed logits are at one place."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = token < tokens
+    maxima = tl.full((BLOCK_V, BLOCK_T), -1.0e38, dtype=tl.float32)
+    sums = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    totals = tl.zeros((BLOCK_V, BLOCK_T), dtype=tl.float32)
+    for i in range(0, (parts + BLOCK_V - 1) // BLOCK_V):
+        part = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        at = part[:, None] * tokens + token[None, :]
+        there = (part < parts)[:, None] & mask[None, :]
+        m = tl.load(m_ptr + at, mask=there, other=-1.0e38)
+        larger = tl.maximum(maxima, m)
+        s = tl.load(s_ptr + at, mask=there, other=0.0)
+        sums = sums * tl.exp(maxima - larger) + s * tl.exp(m - larger)
+        maxima = larger
+        if SMOOTHING:
+            totals += tl.load(total_ptr + at, mask=there, other=0.0)
+    top = tl.max(maxima, axis=0)
+    sum_exp = tl.sum(sums * tl.exp(maxima - top[None, :]), axis=0)
+    total = tl.sum(totals, axis=0)
+    label = tl.load(labels_ptr + token, mask=mask, other=0)
+    kept = mask & (label != ignore_index)
+    nan = float("nan")
+    near = kept & (label >= 0) & (label < split)
+    far = kept & (label >= split) & (label < V)
+    own = tl.load(first_ptr + label * stride + token, mask=near, other=nan).to(tl.float32)
+    other = tl.load(second_ptr + (label - split) * stride + token, mask=far, other=nan).to(tl.float32)
+    own, _slope = _logit(tl.where(far, other, own), outer, inner, CAPPED, SCALED)
+    loss, lse = _loss(top, tl.log(sum_exp), own, total, V, smoothing, z_loss, SMOOTHING, Z_LOSS)
+    tl.store(loss_ptr + token, tl.where(kept, loss, 0.0), mask=mask)
+    tl.store(lse_ptr + token, tl.where(kept, lse, 0.0), mask=mask)
+
+
+@triton.jit
+def _column_gradients_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    labels_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_ptr,
+    grad_entropy_ptr,
+    V,
+    first,
+    classes,
+    tokens,
+    stride,
+    grad_stride,
+    share,
+    ignore_index,
+    outer,
+    inner,
+    smoothing,
+    z_loss,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    ENTROPY_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Gradients in the place of `share` rows of transposed logits: rows `first` to `first` + V of them.
+
+    What is behind the tokens becomes 0.
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, V)
+    inside = token < tokens
+    label = tl.load(labels_ptr + token, mask=inside, other=0)
+    kept = inside & (label != ignore_index)
+    lse = tl.load(lse_ptr + token, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + token * grad_stride, mask=inside, other=0.0)
+    rise = grad
+    if Z_LOSS:
+        rise = grad * (1.0 + 2.0 * z_loss * lse)
+    entropy = lse
+    grad_entropy = grad
+    if ENTROPY_GRADIENT:
+        entropy = tl.load(entropy_ptr + token, mask=inside, other=0.0)
+        grad_entropy = tl.load(grad_entropy_ptr + token, mask=inside, other=0.0)
+    for i in range(0, (end - begin + BLOCK_V - 1) // BLOCK_V):
+        row = (begin + i * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (row < end)[:, None] & (token < stride)[None, :]
+        at = logits_ptr + row[:, None] * stride + token[None, :]
+        a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        d = _logit_gradient(
+            a,
+            (row + first)[:, None] == label[None, :],
+            lse[None, :],
+            rise[None, :],
+            grad[None, :],
+            lse[None, :],
+            entropy[None, :],
+            grad_entropy[None, :],
+            classes,
+            outer,
+            inner,
+            smoothing,
+            CAPPED,
+            SCALED,
+            SMOOTHING,
+            ENTROPY_GRADIENT,
+        )
+        d = tl.where(kept[None, :], d, 0.0)
+        tl.store(at, d.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -374,6 +642,24 @@ def _rows_pass(
         )
 
 
+def _logits_torch(head: _Head, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """(z, dz/da)."""
+    z = logits.float()
+    if head.inner:
+        t = torch.tanh(z * head.inner)
+        return head.outer * t, head.outer * head.inner * (1 - t * t)
+    return z if head.outer == 1 else z * head.outer, head.outer
+
+
+def _loss_torch(head: _Head, lse: torch.Tensor, own: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    loss = lse - own
+    if mean is not None:
+        loss += head.smoothing * (own - mean)
+    if head.z_loss:
+        loss += head.z_loss * lse * lse
+    return loss
+
+
 def _rows_torch(
     head: _Head,
     logits: torch.Tensor,
@@ -384,13 +670,7 @@ def _rows_torch(
     classes: int,
 ) -> None:
     """`_rows_pass` by PyTorch's operators."""
-    z = logits.float()
-    slope: torch.Tensor | float = head.outer
-    if head.inner:
-        t = torch.tanh(z * head.inner)
-        z, slope = head.outer * t, head.outer * head.inner * (1 - t * t)
-    elif head.outer != 1:
-        z = z * head.outer
+    z, slope = _logits_torch(head, logits)
     v = z.shape[1]
     ignored = labels == head.ignore_index
     own = labels - first
@@ -400,11 +680,7 @@ def _rows_torch(
         assert rows.lse is not None
         rows.lse.copy_(z.logsumexp(1))
         chosen = z.gather(1, column)[:, 0].where(inside, torch.nan)
-        loss = rows.lse - chosen
-        if head.smoothing:
-            loss += head.smoothing * (chosen - z.mean(1))
-        if head.z_loss:
-            loss += head.z_loss * rows.lse * rows.lse
+        loss = _loss_torch(head, rows.lse, chosen, z.mean(1) if head.smoothing else None)
         rows.loss.copy_(loss.masked_fill_(ignored, 0))
         if rows.entropy is not None:
             logarithms = z - rows.lse[:, None]
@@ -433,38 +709,180 @@ def _rows_torch(
     out.copy_(d.masked_fill_(ignored[:, None], 0))
 
 
+def _columns_pass(
+    head: _Head,
+    pieces: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    rows: _Rows,
+    scratch: torch.Tensor,
+) -> None:
+    """`_rows_pass` of transposed logits, whose gradients take their place; no entropy and top1 to fill.
+
+    pieces: two, (n, tokens) and (V - n, tokens), of the same strides, tokens adjoining, and finite numbers of
+    nobody's behind them, up to the stride. scratch: float32, COLUMN_SUMS numbers for each token at least, of
+    anything.
+    """
+    near, far = pieces
+    split, tokens = near.shape
+    v = split + far.shape[0]
+    if not head.fused:
+        _columns_torch(head, pieces, labels, rows)
+        return
+    stride = near.stride(0)
+    flags = dict(CAPPED=head.inner != 0, SCALED=head.outer != 1, SMOOTHING=head.smoothing != 0)
+    block = dict(BLOCK_V=COLUMN_TILE[0], BLOCK_T=COLUMN_TILE[1], num_warps=4)
+    tiles = _ceil(tokens, COLUMN_TILE[1])
+    with torch.cuda.device_of(near):
+        if rows.loss is not None:
+            assert rows.entropy is None and rows.top1 is None
+            most = min(
+                _ceil(COLUMN_PROGRAMS * max(1, _processors(near.device)), tiles),
+                scratch.numel() // (3 * tokens) - 2,
+            )
+            share = _ceil(_ceil(v, most), COLUMN_TILE[0]) * COLUMN_TILE[0]
+            counts = [_ceil(piece.shape[0], share) for piece in pieces]
+            m, s, total = scratch[: 3 * sum(counts) * tokens].view(3, sum(counts), tokens)
+            done = 0
+            for piece, count in zip(pieces, counts, strict=True):
+                _column_sums_kernel[(tiles, count)](
+                    piece,
+                    m[done:],
+                    s[done:],
+                    total[done:],
+                    piece.shape[0],
+                    tokens,
+                    stride,
+                    share,
+                    head.outer,
+                    head.inner,
+                    **flags,
+                    **block,
+                )
+                done += count
+            _column_losses_kernel[(tiles,)](
+                near,
+                far,
+                labels,
+                m,
+                s,
+                total,
+                rows.loss,
+                rows.lse,
+                split,
+                v,
+                tokens,
+                stride,
+                done,
+                head.ignore_index,
+                head.outer,
+                head.inner,
+                head.smoothing,
+                head.z_loss,
+                **flags,
+                Z_LOSS=head.z_loss != 0,
+                **block,
+            )
+        assert rows.grad is not None
+        entropy, grad_entropy = (
+            (labels, labels) if rows.grad_entropy is None else (rows.entropy, rows.grad_entropy)
+        )
+        share = COLUMN_REPEATS * COLUMN_TILE[0]
+        for first, piece in zip((0, split), pieces, strict=True):
+            # Not by launch(), as above.
+            _column_gradients_kernel[(tiles, _ceil(piece.shape[0], share))](
+                piece,
+                labels,
+                rows.lse,
+                entropy,
+                rows.grad,
+                grad_entropy,
+                piece.shape[0],
+                first,
+                v,
+                tokens,
+                stride,
+                0 if rows.grad.dim() == 0 else rows.grad.stride(0),
+                share,
+                head.ignore_index,
+                head.outer,
+                head.inner,
+                head.smoothing,
+                head.z_loss,
+                **flags,
+                Z_LOSS=head.z_loss != 0,
+                ENTROPY_GRADIENT=rows.grad_entropy is not None,
+                **block,
+            )
+
+
+def _columns_torch(head: _Head, pieces: Sequence[torch.Tensor], labels: torch.Tensor, rows: _Rows) -> None:
+    """`_columns_pass` by PyTorch's operators, some rows of the vocabulary at a time."""
+    slabs: list[tuple[int, torch.Tensor]] = []
+    v = 0
+    for piece in pieces:
+        for slab in piece.split(max(1, SLAB_BYTES // (16 * labels.numel()))):
+            slabs.append((v, slab.t()))
+            v += slab.shape[0]
+    if rows.loss is not None:
+        assert rows.lse is not None
+        rows.lse.fill_(-torch.inf)
+        own = torch.full_like(rows.lse, torch.nan)
+        total = torch.zeros_like(rows.lse)
+        for first, slab in slabs:
+            z, _ = _logits_torch(head, slab)
+            torch.logaddexp(rows.lse, z.logsumexp(1), out=rows.lse)
+            total += z.sum(1)
+            column = labels - first
+            inside = (column >= 0) & (column < z.shape[1])
+            here = z.gather(1, column.where(inside, 0)[:, None])[:, 0]
+            own = here.where(inside, own)
+        loss = _loss_torch(head, rows.lse, own, total / v if head.smoothing else None)
+        rows.loss.copy_(loss.masked_fill_(labels == head.ignore_index, 0))
+    known = dataclasses.replace(rows, loss=None)
+    for first, slab in slabs:
+        _rows_torch(head, slab, slab, labels, known, first, v)
+
+
+def spare_bytes(most_bytes: int, device: torch.device) -> int:
+    """What logits may take of so many bytes: at most a quarter of what a GPU has left."""
+    if device.type != "cuda":
+        return CPU_LOGITS_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < 4 * most_bytes:
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(most_bytes, free // 4)
+
+
 def most_rows(row_bytes: int, beside_bytes: int, device: torch.device) -> int:
     """Rows that a chunk may have beside what else is held: a multiple of ROW_MULTIPLE, at least one."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if free < 4 * LOGITS_BYTES:
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most_bytes = min(LOGITS_BYTES, free // 4)
-    else:
-        most_bytes = CPU_LOGITS_BYTES
+    most_bytes = spare_bytes(LOGITS_BYTES, device)
     most_bytes = max(most_bytes - beside_bytes, most_bytes // 2)
     return max(1, most_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def chunk_rows(tokens: int, most: int, width: int = 0, processors: int = 0, v: int = 0) -> int:
+def chunk_rows(
+    tokens: int, most: int, width: int = 0, processors: int = 0, v: int = 0, shared: bool = False
+) -> int:
     """Rows of a chunk: a multiple of ROW_MULTIPLE, as few chunks as may be, all about as long.
 
-    With the width of the hidden states and a GPU's multiprocessors: the rows for which the gradient of the
-    hidden states takes the fewest rounds of tiles. It sums over the vocabulary, so each round is long, and
-    one that fills half of the card is half wasted, unless the sum over all `v` is shared out. Of equal ones
-    the shortest from FEWEST_ROWS on.
+    With the width of the hidden states, a GPU's multiprocessors and the vocabulary: from FEWEST_ROWS on,
+    those that are fast and few. What depends on them is the gradient of the hidden states. It sums over the
+    vocabulary, so each of its rounds of tiles is long, and one that fills half of the card is half wasted,
+    unless the sum may be `shared` out. And each chunk has its launches, and their ends, as the card empties.
     """
     even = _ceil(_ceil(tokens, _ceil(tokens, most)), ROW_MULTIPLE) * ROW_MULTIPLE
     if not processors or tokens <= FEWEST_ROWS or most <= FEWEST_ROWS:
         return even
 
     def of_chunk(rows: int) -> float:
-        return _ceil(_tiles(rows, width), processors) / shares(rows, width, v, processors)
+        return _ceil(_tiles(rows, width), processors) / shares(rows, width, v if shared else 0, processors)
 
-    def rounds(rows: int) -> float:
-        return round(tokens // rows * of_chunk(rows) + (of_chunk(tokens % rows) if tokens % rows else 0), 6)
+    def cost(rows: int) -> float:
+        rounds = tokens // rows * of_chunk(rows) + (of_chunk(tokens % rows) if tokens % rows else 0)
+        columns: float = (rounds * v + _ceil(tokens, rows) * CHUNK_COLUMNS) * rows**ROWS_EXPONENT
+        return columns
 
-    return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=lambda rows: (rounds(rows), rows))
+    return min(range(FEWEST_ROWS, most + 1, ROW_MULTIPLE), key=cost)
 
 
 def shares(rows: int, width: int, v: int, processors: int) -> int:
@@ -483,6 +901,133 @@ def _tiles(rows: int, width: int) -> int:
 
 def _ceil(n: int, by: int) -> int:
     return -(-n // by)
+
+
+class _Lent(NamedTuple):
+    """Where the logits of the first `tokens` are: transposed, in dW's memory and in the buffer.
+
+    Row by row of the vocabulary, `stride` elements apart: the first `split` rows in dW's memory, from element
+    `offset` on, the others in the buffer. `sums`: gradients of hidden states that are summed at once.
+    """
+
+    tokens: int
+    stride: int
+    split: int
+    offset: int
+    sums: int
+
+    def blocks(self, v: int, k: int) -> Iterator[slice]:
+        """Rows of dW (v, k) in the order in which to make them: none lies on logits that are read later."""
+        end = 0
+        while end < v:
+            start, end = end, v
+            if start < self.split:
+                end = min(self.split, (self.offset + start * self.stride) // k)
+                assert end > start
+                if end - start > ROW_MULTIPLE and end < self.split:
+                    end -= (end - start) % ROW_MULTIPLE
+            yield slice(start, end)
+
+
+class _Sums(NamedTuple):
+    """How a 16-bit dW adds up: first the tokens of `lent`, then so many `rows` in each chunk."""
+
+    rows: int
+    again: int = 0  # chunks before the last whose logits are computed again
+    wide: bool = False  # dW is float32
+    lent: _Lent | None = None
+    exact: bool = True  # the gradient of hidden states is float32 where it waits for the backward's scalar
+
+
+def _lend(tokens: int, k: int, v: int, most: int, sums: int) -> _Lent | None:
+    """None if dW's memory and a buffer of so many elements do not hold the logits of so many tokens."""
+    stride = _ceil(tokens, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    front = max(FRONT_ROWS, 2 * sums)
+    split = min((v - front) * k // stride, v - front) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    offset = (v * k - split * stride) // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+    if split <= 0 or (v - split) * stride > most or offset < 2 * COLUMN_SUMS * tokens:
+        return None
+    return _Lent(tokens, stride, split, offset, sums)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lent_sums(
+    tokens: int, k: int, v: int, most: int, exact: bool, most_again: float, processors: int, shared: int
+) -> tuple[float, _Sums] | None:
+    """The sums of dW that cost least with a buffer of `most` elements, and what they cost in tokens.
+
+    None where there are none within MOST_ROUNDINGS that compute at most such a share of the tokens again.
+    """
+    width = _ceil(v, COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    longest = min(most // (width * ROW_MULTIPLE), _ceil(tokens, ROW_MULTIPLE)) * ROW_MULTIPLE
+    for chunks in range(_ceil(tokens, longest) if longest else 1):
+        found = []
+        # The longest first: then the first sum is short, and it is in all others.
+        for count in range(longest if chunks else 1, 0, -ROW_MULTIPLE):
+            first = tokens - chunks * count
+            if first <= 0:
+                continue
+            sums = 0 if exact else min(first, chunk_rows(first, FRONT_ROWS, k, processors, v))
+            lent = _lend(first, k, v, most, sums)
+            if lent is None:
+                break
+            # Those of `added` sums are rounded on their way to the last one.
+            fitting = (
+                again
+                for again in range(min(max(1, chunks), int(most_again * tokens / count) + 1))
+                for added in [chunks - again]
+                if added * first + count * added * (added - 1) / 2 <= (MOST_ROUNDINGS - 1) * tokens
+            )
+            again = next(fitting, None)
+            if again is None:
+                continue
+            parts = shares(count, k, shared, processors)
+            beside = max(
+                (again + 1) * count * AGAIN_COLUMNS if again else 0, 2 * parts * count * k if parts > 1 else 0
+            )
+            if chunks and count * width + beside > most:
+                continue
+            cost: float = again * count
+            for rows in [first] if exact else [sums] * (first // sums) + [first % sums]:
+                cost += _waste(rows, k, processors)
+            cost += chunks * _waste(count, k, processors, shared) + (chunks - again) * ADD_TOKENS
+            found.append((cost, _Sums(count if chunks else 0, again, False, lent, exact)))
+        if found:
+            return min(found, key=lambda x: x[0])
+    return None
+
+
+def _waste(rows: int, k: int, processors: int, shared: int = 0) -> float:
+    """By what the rounds of tiles of a gradient of so many hidden states are more than full: in rows."""
+    if not processors or not rows:
+        return 0.0
+    rounds = _ceil(_tiles(rows, k), processors) / shares(rows, k, shared, processors)
+    return rounds * processors * TILE_ROWS * TILE_COLUMNS / k - rows
+
+
+def _weight_sums(
+    tokens: int, k: int, v: int, most: int, elements: int, excess: int, exact: bool, machine: tuple[int, int]
+) -> _Sums:
+    """How a 16-bit dW adds up: in chunks of `most` rows, or with logits in dW's memory if that is better.
+
+    elements: of the buffer, of which `excess` go to a float32 gradient of hidden states if it is `exact`.
+    machine: multiprocessors, and v where sums over it may be shared out.
+    """
+    count, again, wide = _weight_chunks(tokens, most)
+    chunks = _ceil(tokens, count)
+    cost = float(again * count + (chunks - 1 - again) * ADD_TOKENS)
+    for rows in [tokens - (chunks - 1) * count] + [count] * (chunks - 1):
+        cost += _waste(rows, k, machine[0], machine[1])
+    # Rather another rounding of the gradient of hidden states than logits computed again.
+    ways = [(exact, 0.0), (exact, MOST_AGAIN)]
+    if exact and (again or wide):
+        ways.insert(1, (False, 0.0))
+    for precise, most_again in ways:
+        left = elements - (excess if precise else 0)
+        found = _lent_sums(tokens, k, v, left, precise, most_again, *machine)
+        if found is not None and (wide or found[0] < cost):
+            return found[1]
+    return _Sums(count, again, wide)
 
 
 def _weight_chunks(tokens: int, most: int) -> tuple[int, int, bool]:
@@ -548,7 +1093,8 @@ def _shared_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
         products = torch.bmm(lefts, rights, out_dtype=torch.float32)
     else:
         products = torch.bmm(lefts.float(), rights.float())
-    out.copy_(products.sum(0))
+    # The last addition rounds, without another pass.
+    torch.add(products[0] if parts == 2 else products[:-1].sum(0), products[-1], out=out)
 
 
 def _processors(device: torch.device) -> int:
@@ -568,11 +1114,11 @@ def _logits_into(
         out += bias
 
 
-def _buffer(rows: int, v: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(rows, v), `width` elements from row to row, for anything."""
-    space = torch.empty((rows, width), dtype=dtype, device=device)
-    space[:, v:] = 0  # matmuls of bfloat16 on a CPU let a NaN in there reach their results
-    return space[:, :v]
+def _matrix(space: torch.Tensor, rows: int, columns: int, width: int) -> torch.Tensor:
+    """(rows, columns), `width` elements from row to row, for anything, in a row of memory."""
+    matrix = space[: rows * width].view(rows, width)
+    matrix[:, columns:] = 0  # matmuls of bfloat16 on a CPU let a NaN in there reach their results
+    return matrix[:, :columns]
 
 
 class _Gradients(NamedTuple):
@@ -609,41 +1155,58 @@ def _pass(
     same = head.logits_dtype == dtype
     row_bytes = width * (dtype.itemsize if same else 2 * head.logits_dtype.itemsize + dtype.itemsize)
     narrow = needs[1] and isinstance(weight, torch.Tensor) and weight.dtype == dtype and dtype.itemsize == 2
-    dh = None
-    if needs[0]:
-        dh_dtype = torch.float32 if exact else dtype
-        dh = torch.empty((tokens, k), dtype=dh_dtype, device=hidden.device)
-    # Beside the buffer: what a float32 dh has more than dh, and a slab that is computed again.
-    beside_bytes = 0 if dh is None else tokens * k * (dh.dtype.itemsize - dtype.itemsize)
-    if narrow:
-        beside_bytes += 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
-    most = most_rows(row_bytes, beside_bytes, hidden.device)
+    # Beside the buffer: what a float32 dh has more than dh; a slab that is computed again, or shares of sums.
+    excess_bytes = tokens * k * (4 - dtype.itemsize) if needs[0] and exact else 0
     processors = _processors(hidden.device)
     shared = v if dtype.itemsize == 2 and OUT_DTYPE else 0
-    count, again, wide = chunk_rows(tokens, most, k, processors, shared), 0, False
-    if narrow and exact and dtype == torch.float16:  # see HALF_SHIFT
-        wide = True
-    elif narrow:
-        count, again, wide = _weight_chunks(tokens, most)
+    again_bytes = 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
+    shared_bytes = 4 * processors * TILE_ROWS * TILE_COLUMNS if needs[0] and shared else 0
+    beside_bytes = excess_bytes + max(again_bytes if narrow else 0, shared_bytes)
+    most = most_rows(row_bytes, beside_bytes, hidden.device)
+    if not narrow or (exact and dtype == torch.float16):  # see HALF_SHIFT
+        plan = _Sums(chunk_rows(tokens, most, k, processors, v, bool(shared)), wide=narrow)
+    elif same:
+        elements, excess = (
+            n // dtype.itemsize for n in (spare_bytes(LENT_BYTES, hidden.device), excess_bytes)
+        )
+        plan = _weight_sums(tokens, k, v, most, elements, excess, exact, (processors, shared))
+    else:
+        plan = _Sums(*_weight_chunks(tokens, most))
+    count, again, wide, lent, precise = plan
     count = min(count, tokens)
-    dw = db = None
+    dh = dw = db = None
+    if needs[0]:
+        dh_dtype = torch.float32 if exact and precise else dtype
+        dh = torch.empty((tokens, k), dtype=dh_dtype, device=hidden.device)
     if needs[1]:
         assert isinstance(weight, torch.Tensor)
         dw = torch.empty((v, k), dtype=torch.float32 if wide else weight.dtype, device=hidden.device)
     if needs[2]:
         db = torch.zeros(v, dtype=torch.float32, device=hidden.device)
-    logits = _buffer(count, v, width, head.logits_dtype, hidden.device)
-    out = logits if same else _buffer(count if backward else 0, v, width, dtype, hidden.device)
+    needed = count * width
+    if lent is not None:
+        needed = max(needed, (v - lent.split) * lent.stride)
+    space = torch.empty(needed, dtype=head.logits_dtype, device=hidden.device)
+    start = end = 0
+    if lent is not None:
+        end = lent.tokens
+        own = slice(0, end)
+        assert dw is not None
+        _first_sum(head, hidden[own], dense, bias, labels[own], rows.part(own), lent, space, dh, dw, db)
+    logits = out = _matrix(space, count, v, width)
+    if not same:
+        other = torch.empty(count * width if backward else 0, dtype=dtype, device=hidden.device)
+        out = _matrix(other, count if backward else 0, v, width)
+        del other
     # The rows before this one add to dW chunk by chunk, the rest at once.
     summed = max(0, tokens - (again + 1) * count) if again else tokens
-    start = end = 0
     while end < tokens:
         # The remainder first: sums that are rounded are then short for longer.
         start, end = end, end + ((tokens - 1) % count + 1 if end == 0 else count)
-        h, own, a = hidden[start:end], labels[start:end], logits[: end - start]
+        h, a = hidden[start:end], logits[: end - start]
         _logits_into(a, h, dense, bias)
         d = out[: end - start] if backward else None
-        _rows_pass(head, a, d, own, rows.part(slice(start, end)))
+        _rows_pass(head, a, d, labels[start:end], rows.part(slice(start, end)))
         if d is None:
             continue
         if dh is not None:
@@ -669,11 +1232,57 @@ def _pass(
             _rows_pass(head, a, mine, labels[summed:start], rest, first, v)
             d[start - summed :].copy_(last[:, columns])
             _product(dw[columns], d.t(), hidden[summed:], summed > 0)
-    del logits, out
+    del space, logits, out
     if dw is not None and not exact:
         assert isinstance(weight, torch.Tensor)
         dw = dw.to(weight.dtype)
     return _Gradients(dh, dw, db)
+
+
+def _first_sum(
+    head: _Head,
+    hidden: torch.Tensor,
+    dense: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    rows: _Rows,
+    lent: _Lent,
+    space: torch.Tensor,
+    dh: torch.Tensor | None,
+    dw: torch.Tensor,
+    db: torch.Tensor | None,
+) -> None:
+    """Losses of those tokens, their part of dh and db, and dW of them alone: logits are in dW's memory."""
+    (tokens, k), v = hidden.shape, dense.shape[0]
+    memory = dw.view(-1)
+    inside, outside = memory[lent.offset :], space
+    pieces = [
+        _matrix(inside, lent.split, tokens, lent.stride),
+        _matrix(outside, v - lent.split, tokens, lent.stride),
+    ]
+    scratch = memory[: lent.offset].view(torch.float32)
+    places = slice(0, lent.split), slice(lent.split, v)
+    for place, a in zip(places, pieces, strict=True):
+        if bias is None:
+            torch.mm(dense[place], hidden.t(), out=a)
+        else:
+            torch.addmm(bias[place, None], dense[place], hidden.t(), out=a)
+    _columns_pass(head, pieces, labels, rows, scratch)
+    if db is not None:
+        for place, d in zip(places, pieces, strict=True):
+            db[place] += d.sum(1, dtype=torch.float32)
+    if dh is not None:
+        for some in (slice(i, i + (lent.sums or tokens)) for i in range(0, tokens, lent.sums or tokens)):
+            out = dh[:tokens][some]
+            total = out if out.dtype == torch.float32 else scratch[: out.numel()].view(out.shape)
+            for place, d in zip(places, pieces, strict=True):
+                _product(total, d[:, some].t(), dense[place], place.start > 0)
+            if total is not out:
+                out.copy_(total)
+    for block in lent.blocks(v, k):
+        beyond = block.start - lent.split
+        d = pieces[0][block] if beyond < 0 else pieces[1][beyond:]
+        torch.mm(d, hidden, out=dw[block])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

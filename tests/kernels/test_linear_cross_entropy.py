@@ -143,6 +143,29 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture
+def lend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[op._Sums]]:
+    """Logits in dW's memory wherever they fit, with a buffer of so many elements: what was chosen."""
+
+    def small(elements: int, front: int = 40) -> list[op._Sums]:
+        chosen: list[op._Sums] = []
+        real = op._weight_sums
+        monkeypatch.setattr(op, "FRONT_ROWS", front)
+        monkeypatch.setattr(op, "ROW_MULTIPLE", 1)
+        monkeypatch.setattr(op, "COLUMN_MULTIPLE", 8)
+        monkeypatch.setattr(op, "AGAIN_COLUMNS", 16)
+        monkeypatch.setattr(op, "SLAB_BYTES", 2**12)
+        monkeypatch.setattr(op, "spare_bytes", lambda *_: 2 * elements)
+        monkeypatch.setattr(op, "most_rows", lambda row_bytes, *_: max(1, 2 * elements // row_bytes))
+        monkeypatch.setattr(op, "_weight_chunks", lambda *_: (1, 0, True))  # dearer than anything
+        monkeypatch.setattr(op, "_weight_sums", lambda *a: chosen.append(real(*a)) or chosen[-1])
+        op._lent_sums.cache_clear()
+        return chosen
+
+    yield small
+    op._lent_sums.cache_clear()
+
+
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize(("fused", "dtype"), WAYS)
 def test_loss(fused, dtype, options, device, short_blocks):
@@ -221,7 +244,7 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_waits_for_the_device(short_chunks):
+def test_nothing_waits_for_the_device(short_chunks, lend):
     """On any machine; `test_no_synchronisation` asks a GPU. Ignored rows are not counted on the host."""
     inputs = tensors(torch.device("cpu"), torch.bfloat16, ignored=0.5)
     leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
@@ -233,6 +256,10 @@ def test_nothing_waits_for_the_device(short_chunks):
         hidden, weight, bias = leaves
         found = linear_log_probs(hidden, weight, ids, bias=bias, entropy=True, fused=False)
         torch.autograd.grad(found[0].sum() + found[1].sum(), leaves)
+        chosen = lend(3000, front=20)
+        torch.autograd.grad(linear_cross_entropy(**inputs, fused=False), leaves)
+        torch.autograd.grad(linear_cross_entropy(**inputs, fused=False, reduction="none").sum(), leaves)
+        assert len(chosen) == 2 and all(plan.lent is not None for plan in chosen)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
         ids.sum().item()
 
@@ -449,6 +476,255 @@ def test_the_weight_gradient_of_many_chunks(tokens, device, monkeypatch):
     assert choices[-1] == (512, again, tokens == 4096)
 
 
+# Tokens beside 24 features and 203 ids; elements of the buffer, rows of the free front; chunks after the
+# first sum, and how many of them are computed again.
+LENT = [
+    pytest.param((1,), 3000, 20, 0, 0, id="one"),
+    pytest.param((2, 4), 3000, 20, 0, 0, id="fewer than features"),
+    pytest.param((24,), 4000, 20, 0, 0, id="as many"),
+    pytest.param((61,), 11500, 52, 0, 0, id="more"),
+    pytest.param((5, 13), 8000, 40, 1, 0, id="a chunk"),
+    pytest.param((83,), 7600, 40, 2, 1, id="again"),
+]
+
+
+@pytest.mark.parametrize("what", ["mean", "sum", "none", "log_probs"])
+@pytest.mark.parametrize(("rows", "elements", "front", "chunks", "again"), LENT)
+@pytest.mark.parametrize(("fused", "dtype"), [w for w in WAYS if w.values[1] != torch.float32])
+def test_logits_in_the_memory_of_the_weight_gradient(
+    fused, dtype, rows, elements, front, chunks, again, what, device, lend, monkeypatch
+):
+    """Other numbers in each run, every gradient. Float16 of a mean or sum adds up in float32."""
+    chosen = lend(elements, front)
+    if again:
+        monkeypatch.setattr(op, "MOST_ROUNDINGS", 1.5)
+        monkeypatch.setattr(op, "MOST_AGAIN", 0.45)
+    seed = secrets.randbelow(2**31)
+    inputs = tensors(device, dtype, rows=rows, ignored=0.2, seed=seed)
+    inputs["labels"].view(-1)[0] = 202
+    one = [torch.ones((), device=device)]
+    try:
+        if what == "log_probs":
+            options = dict(temperature=0.9, entropy=True)
+            function, reference = run(linear_log_probs, fused=fused, **options), linear_log_probs_reference
+            check(function, run(reference, **options), with_ids(dict(inputs)))
+        else:
+            options = dict(reduction=what, num_items=7 if what == "sum" else None)
+            check_loss(inputs | {"bias": None}, fused, one, **options)
+            options = dict(reduction=what, label_smoothing=0.1, z_loss=1e-2)
+            if inputs["labels"].numel() > 1:  # of one token's roundings luck makes more than a factor of 1.5
+                options |= dict(softcap=4.0, scale=1.5)
+            check_loss(inputs, fused, one, **options)
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
+    if dtype == torch.float16 and what in ("mean", "sum"):
+        assert not chosen
+        return
+    tokens = inputs["labels"].numel()
+    for plan in chosen:
+        assert plan.lent.tokens + chunks * plan.rows == tokens and plan.again == again and not plan.wide
+    assert chosen
+
+
+@pytest.mark.parametrize("name", ["plain", "smoothing", "softcap", "scale", "z_loss", "together"])
+@pytest.mark.parametrize(("fused", "dtype"), WAYS)
+def test_the_first_sum(fused, dtype, name, device, lend):
+    """Losses and gradients of logits that lie in two places, by the kernels, as the interpreter runs them."""
+    options = LOSSES[name]
+    lend(0)
+    inputs = tensors(device, dtype, rows=(45,), v=301, h=24)
+    inputs["labels"][:3] = torch.tensor([0, 300, 1])  # labels of both places
+    lent = op._lend(45, 24, 301, 10**5, 7)
+    assert lent is not None and 0 < lent.split < 301 and len(list(lent.blocks(301, 24))) > 2
+    keys = dict(label_smoothing="smoothing", softcap="softcap", scale="scale", z_loss="z_loss")
+    given = {keys[n]: x for n, x in options.items() if n in keys}
+    given = dict(softcap=None, scale=1.0, ignore_index=-100) | given
+
+    def ours(**leaves: torch.Tensor) -> torch.Tensor:
+        hidden, weight, bias = (leaves[n].detach() for n in ("hidden", "weight", "bias"))
+        head = op._head(hidden, fused=fused, **given)
+        new = dict(device=device, dtype=torch.float32)
+        rows = op._Rows(loss=torch.full((45,), torch.nan, **new), lse=torch.full((45,), torch.nan, **new))
+        rows.grad = torch.ones((), **new)
+        dh, dw, db = torch.empty_like(hidden), torch.empty_like(weight), torch.zeros(301, **new)
+        for x in (dh, dw):
+            x.fill_(torch.nan)
+        space = torch.full(((301 - lent.split) * lent.stride,), torch.nan, device=device, dtype=dtype)
+        op._first_sum(head, hidden, weight, bias, leaves["labels"], rows, lent, space, dh, dw, db)
+        return Known.apply(rows.loss.sum(), dh, dw, db.to(dtype), *(leaves[n] for n in NAMES))
+
+    reference = run(linear_cross_entropy_reference, **{**options, "reduction": "sum"})
+    upstream = [torch.ones((), device=device)]
+    comparisons = check(ours, lambda **x: reference(**x), inputs, upstream=upstream)
+    assert [c.tensor for c in comparisons] == ["output 0", "dhidden", "dweight", "dbias"]
+
+
+NAMES = ("hidden", "weight", "bias")
+
+
+class Known(torch.autograd.Function):
+    """A number whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, dh: Any, dw: Any, db: Any, *leaves: torch.Tensor) -> Any:
+        ctx.gradients = dh, dw, db
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, None, None, None, *ctx.gradients
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_transposed_logits_are_rows_of_logits(fused, device, lend):
+    """The same losses, lse and gradients as by `_rows_pass`; some are ignored, foreign or infinite."""
+    lend(0)
+    dtype = torch.float32
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(150, 77, generator=generator)
+    logits[5, 40:] = -torch.inf
+    logits[6], logits[7] = torch.nan, 3e4 * logits[7]
+    labels = torch.randint(0, 77, (150,), generator=generator)
+    labels[5], labels[6], labels[8:12] = 7, -100, torch.tensor([-100, -1, 77, 76])
+    logits, labels = logits.to(device, dtype), labels.to(device)
+    for options in ({}, dict(smoothing=0.1, scale=1.5, z_loss=1e-2), dict(softcap=3.0)):
+        if "smoothing" in options:
+            logits = logits.clone()
+            logits[5, 40:] = 0.0
+        keywords = dict(softcap=None, scale=1.0, ignore_index=-100) | options
+        head = op._head(logits, fused=fused, **keywords)
+        results = []
+        for transposed in (False, True):
+            new = dict(device=device, dtype=torch.float32)
+            rows = op._Rows(loss=torch.empty(150, **new), lse=torch.empty(150, **new))
+            rows.grad = torch.linspace(0.5, 2, 150, device=device)
+            if transposed:
+                near, far = torch.zeros(30, 160, **new), torch.zeros(47, 160, **new)
+                near[:, :150], far[:, :150] = logits[:, :30].t(), logits[:, 30:].t()
+                scratch = torch.empty(op.COLUMN_SUMS * 150 + 1, **new)
+                op._columns_pass(head, [near[:, :150], far[:, :150]], labels, rows, scratch)
+                assert not near[:, 150:].any() and not far[:, 150:].any()
+                d = torch.cat([near, far])[:, :150].t()
+            else:
+                d = logits.clone()
+                op._rows_pass(head, d, d, labels, rows)
+            results.append((rows.loss, rows.lse.masked_fill(labels == -100, 0), d))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_all_ignored_with_logits_in_the_memory_of_the_weight_gradient(fused, device, lend):
+    chosen = lend(8000)
+    dtype = torch.bfloat16 if GPU or not fused else torch.float16
+    inputs = tensors(device, dtype, rows=(65,), ignored=1.1)
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    for reduction in ("sum", "none"):
+        loss = linear_cross_entropy(**inputs, fused=fused, reduction=reduction)
+        for gradient in torch.autograd.grad(loss.sum(), leaves):
+            assert not gradient.any()
+    assert chosen[-1].lent is not None
+
+
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("bias",)], ids=str)
+def test_what_is_needed_with_logits_in_the_memory_of_the_weight_gradient(frozen, device, lend):
+    chosen = lend(8000)
+    inputs = tensors(device, torch.bfloat16, rows=(65,))
+    upstream = [torch.ones((), device=device)]
+    for reduction, given in (("sum", upstream), ("none", None)):
+        functions = (
+            run(linear_cross_entropy, fused=GPU, reduction=reduction),
+            run(linear_cross_entropy_reference, reduction=reduction),
+        )
+        check(*functions, inputs, frozen=frozen, upstream=given)
+    assert all(plan.lent is not None for plan in chosen) and chosen
+
+
+def test_a_scaled_gradient_of_hidden_in_16_bits(device, lend):
+    """Where float32 has no room, a scalar of 1/3 is a second rounding: sqrt(2) times the error, not 1.5."""
+    chosen = lend(40_000, front=64)  # enough for logits, and not for half of float32 gradients, 256 x 256
+    inputs = tensors(device, torch.bfloat16, rows=(256,), h=256, v=4096, ignored=0, bias=False)
+    inputs["hidden"] /= 16  # nearly equal logits, so that rounding them counts for little
+    leaves = [inputs[n].requires_grad_() for n in ("hidden", "weight")]
+    exact = {n: x.detach().double() if x is not None and n != "labels" else x for n, x in inputs.items()}
+    exact["hidden"].requires_grad_()
+    (truth,) = torch.autograd.grad(linear_cross_entropy_reference(**exact), exact["hidden"])
+    once = relative_error(truth.bfloat16(), truth)
+    for scalar, most in ((1.0, 1.25), (0.25, 1.25), (1 / 3, 1.5)):
+        loss = linear_cross_entropy(**inputs, fused=GPU)
+        factor = torch.tensor(scalar, device=device)
+        found = torch.autograd.grad(loss, leaves, factor)[0]
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, truth * factor.double()) < most * once
+    assert {(plan.exact, plan.lent is not None) for plan in chosen} == {(False, True)}
+
+
+def test_plans_for_logits_in_the_memory_of_the_weight_gradient():
+    """Whatever the shapes: within the budget, and no row of dW lies on logits that are still to be read."""
+    lib = op.LENT_BYTES // 2
+    choose = secrets.SystemRandom()
+    shapes = [
+        (tokens, k, v)
+        for tokens in (1, 2048, 4096, 6000, 8191, 8192, 12_288)
+        for k, v in ((4096, 128_256), (4096, 151_936), (576, 49_152), (5120, 151_936), (2048, 50_257))
+    ]
+    for _ in range(100):
+        k, v = 8 * choose.randrange(8, 1000), choose.randrange(3000, 300_000)
+        shapes.append((choose.randrange(1, 20_000), k, v))
+    seen = 0
+    for tokens, k, v in shapes:
+        for exact, processors in ((True, 132), (False, 132), (False, 0)):
+            found = op._lent_sums(tokens, k, v, lib, exact, op.MOST_AGAIN, processors, v)
+            if found is None:
+                continue
+            seen += 1
+            cost, plan = found
+            lent = plan.lent
+            rest = tokens - lent.tokens
+            chunks = rest // plan.rows if plan.rows else 0
+            assert cost >= 0 and rest == chunks * plan.rows and lent.tokens > 0, (tokens, k, v, found)
+            sums = [lent.tokens + i * plan.rows for i in range(chunks - plan.again)]
+            assert sum(sums) / tokens + 1 <= op.MOST_ROUNDINGS + 1e-9
+            assert plan.again * plan.rows <= op.MOST_AGAIN * tokens
+            assert max((v - lent.split) * lent.stride, plan.rows * v) <= lib
+            assert 0 < lent.split < v and lent.offset + lent.split * lent.stride <= v * k
+            assert (
+                4 * lent.sums * k <= 2 * lent.offset and 4 * op.COLUMN_SUMS * lent.tokens <= 2 * lent.offset
+            )
+            done = 0
+            for block in lent.blocks(v, k):
+                assert block.start == done < block.stop
+                done = block.stop
+                if block.start < lent.split:  # this block's own logits are read, and those behind it
+                    assert block.stop * k <= lent.offset + block.start * lent.stride
+                    assert block.stop <= lent.split
+            assert done == v
+            assert len(list(lent.blocks(v, k))) <= 2 + 2 * v // op.FRONT_ROWS
+    assert seen > 50
+
+
+def test_the_choice_of_sums(monkeypatch):
+    """For 132 multiprocessors, H = 4,096 and two vocabularies."""
+
+    def plan(tokens: int, v: int, exact: bool = True, k: int = 4096) -> op._Sums:
+        excess = tokens * k if exact else 0
+        beside = min(tokens, op.LOGITS_BYTES // (2 * v)) * op.AGAIN_COLUMNS * 2
+        most = (op.LOGITS_BYTES // 2 - excess - beside) // (128 * v) * 128
+        return op._weight_sums(tokens, k, v, most, op.LENT_BYTES // 2, excess, exact, (132, v))
+
+    for v, exact in ((128_256, True), (151_936, False)):
+        found = plan(8192, v)
+        assert (found.rows, found.again, found.wide, found.exact) == (2048, 0, False, exact)
+        assert found.lent.tokens == 6144 and len(list(found.lent.blocks(v, 4096))) < 12
+        assert plan(4096, v).lent.tokens == 4096 and plan(4096, v).exact
+        assert plan(1024, v) == op._Sums(op._weight_chunks(1024, plan(1024, v).rows)[0])
+        assert plan(65_536, v).wide
+        assert plan(8192, v, exact=False).lent.sums == 1024
+    assert plan(8192, 128_256).lent.offset // 4096 == 2112
+    # Narrow hidden states lend little, and need nothing: chunks as before.
+    assert plan(16_384, 49_152, k=576).lent is None and plan(4096, 49_152, k=576).lent is None
+
+
 def test_the_choice_of_chunks(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(op, "CPU_LOGITS_BYTES", op.LOGITS_BYTES)
@@ -461,17 +737,22 @@ def test_the_choice_of_chunks(monkeypatch):
     assert op.chunk_rows(10_000, 2432) == 2048  # five about equal ones, not four of 2,432 and a rest
     assert op.chunk_rows(1, 2432) == 128
     # On 132 multiprocessors 128 x 256 tiles of (rows, 4096) fill one round with 1,024 rows, two with 2,048.
-    assert op.chunk_rows(8192, 2176, 4096, 132) == op.chunk_rows(8192, 1792, 4096, 132) == 1024
-    assert op.chunk_rows(16_384, 2432, 4096, 132) == 1024
-    assert op.chunk_rows(8192, 2176, 8192, 132) == 1024  # two rounds each time
-    assert op.chunk_rows(6144, 2176, 2048, 132) == 2048  # 128 tiles; 64 with 1,024 rows
-    assert op.chunk_rows(900, 2176, 4096, 132) == 1024
-    # 33 tiles of (1408, 576), each four times with a quarter of the sum, not the 5,504 rows of one round.
-    assert op.chunk_rows(16_384, 6400, 576, 132, 49_152) == 1408
-    assert op.shares(1408, 576, 49_152, 132) == 4 and op.shares(896, 576, 49_152, 132) == 6
-    assert op.shares(1024, 4096, 128_256, 132) == op.shares(1408, 576, 50_257, 132) == 1
-    assert op.chunk_rows(16_384, 6400, 576, 132) == op.chunk_rows(16_384, 6400, 576, 132, 50_257) == 5504
-    assert op.chunk_rows(8192, 512, 4096, 132) == 512
+    for v in (32_000, 128_256, 151_936):
+        machine = (132, v, True)
+        assert op.chunk_rows(8192, 2176, 4096, *machine) == op.chunk_rows(8192, 1792, 4096, *machine) == 1024
+        assert op.chunk_rows(16_384, 2432, 4096, *machine) == 1024
+        assert op.chunk_rows(8192, 2176, 8192, *machine) == 1024  # two rounds each time
+        assert op.chunk_rows(6144, 2176, 2048, 132, v) == 2048  # 128 tiles; 64 with 1,024 rows
+        assert op.chunk_rows(900, 2176, 4096, *machine) == 1024
+        assert op.chunk_rows(8192, 512, 4096, *machine) == 512
+    assert op.chunk_rows(6144, 2176, 2048, 132, 128_256, True) == 1024  # 64 tiles, with half of the sum each
+    # 66 tiles of (2816, 576), twice, with half of the sum each: neither the 5,504 rows of one round, nor
+    # 1,408 with a quarter of the sum, whose launches take longer.
+    assert op.chunk_rows(16_384, 6400, 576, 132, 49_152, True) == 2816
+    assert op.shares(2816, 576, 49_152, 132) == 2 and op.shares(1408, 576, 49_152, 132) == 4
+    assert op.shares(1024, 4096, 128_256, 132) == op.shares(2816, 576, 50_257, 132) == 1
+    assert op.chunk_rows(16_384, 6400, 576, 132, 49_152) == 5504
+    assert op.chunk_rows(16_384, 6400, 576, 132, 50_257, True) == 5504
     assert op._weight_chunks(8192, 2560) == (2560, 0, False)  # 512, 2560, 2560, 2560
     assert op._weight_chunks(8192, 2048) == (2048, 1, False)
     assert op._weight_chunks(8192, 1792) == (1792, 1, False)  # 1024, 1792, 1792, and two at once
@@ -759,6 +1040,26 @@ def test_no_synchronisation(trainable):
         linear_cross_entropy(**inputs, reduction="sum", num_items=300).backward()
         linear_log_probs(inputs["hidden"], inputs["weight"], ids, entropy=True)[0].sum().backward()
 
+    _without_waiting(step)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_with_logits_in_the_memory_of_the_weight_gradient(lend):
+    chosen = lend(8000)
+    inputs = tensors(torch.device("cuda"), torch.bfloat16, rows=(65,))
+    for name in NAMES:
+        inputs[name].requires_grad_()
+
+    def step() -> None:
+        linear_cross_entropy(**inputs, label_smoothing=0.1).backward()
+        linear_cross_entropy(**inputs, reduction="none").sum().backward()
+
+    _without_waiting(step)
+    assert len(chosen) == 4 and all(plan.lent is not None for plan in chosen)
+
+
+def _without_waiting(step: Callable[[], None]) -> None:
+    """A second `step`, in which nothing may make the host wait."""
     step()
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
@@ -774,8 +1075,25 @@ def test_no_synchronisation(trainable):
 def test_real_sizes(v, monkeypatch):
     """A slice of the hidden states is enough for the truth in float64; its width and dtype are real."""
     monkeypatch.setattr(op, "LOGITS_BYTES", 2**27)
+    monkeypatch.setattr(op, "LENT_BYTES", 2**27)
     inputs = {name: x[:768] if name != "weight" else x for name, x in _real_size(v).items()}
     check(linear_cross_entropy, linear_cross_entropy_reference, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4096, 6143, 8192])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_trainable_head_of_real_width(tokens, reduction, monkeypatch):
+    """In one sum and in two, with labels that are frequent: tokens of both sums add to the same rows of dW."""
+    monkeypatch.setattr(op, "LOGITS_BYTES", 2**28)
+    monkeypatch.setattr(op, "LENT_BYTES", 2**28)
+    real, chosen = op._weight_sums, []
+    monkeypatch.setattr(op, "_weight_sums", lambda *a: chosen.append(real(*a)) or chosen[-1])
+    inputs = {name: x[:tokens] if name != "weight" else x for name, x in _real_size(50_257).items()}
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] < 0, inputs["labels"] % 64)
+    check_loss(inputs, True, [torch.ones((), device="cuda")], reduction=reduction)
+    assert {tokens} == {plan.lent.tokens + plan.rows for plan in chosen}
+    assert all(plan.again == 0 and not plan.wide for plan in chosen)
 
 
 def test_the_bound_is_not_vacuous():
