@@ -122,7 +122,7 @@ def recompute_all(
         mlp = mlp_of(layer, facts) if facts is not None else None
         inner = None if mlp is None else weakref.ref(mlp)
         ours = _Ours(
-            option, mover, weakref.ref(layer), inner, in_flight=0 if behind else IN_FLIGHT, starts=behind
+            option, mover, weakref.ref(layer), inner, in_flight=0 if behind else IN_FLIGHT - 1, starts=behind
         )
         given.append((weakref.ref(layer), layer._gradient_checkpointing_func, ours))
         layer._gradient_checkpointing_func = ours
@@ -222,17 +222,19 @@ class Running:
         self._place_embeddings(chosen.embeddings_on_host)
         self._expand(chosen.expanded)
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
-        last = chosen.last_offloaded
+        last, in_flight = chosen.last_offloaded, chosen.in_flight
+        most = 0  # of how many layers the copies are under way, if none waits for them
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
             again = tile or option.startswith("recompute")
             mlp = mlp_of(layer, chosen.facts) if again else None
             if mlp is None:
                 option = option.replace("_mlp", "")
-            in_flight, starts = chosen.in_flight[index], last is not None and index == last + 1
+            left, starts = in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, in_flight, starts)
-            waits = starts or in_flight < IN_FLIGHT
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts)
+            waits = starts or left < most
+            most = min(most, left) + ("offload" in option)
             on = option != "keep" or waits or mlp is not None or norms is not None
             self._wanted.append({FLAGS[0]: on, FLAGS[1]: function})
         self._set()
@@ -325,7 +327,7 @@ class _Ours:
         mlp: weakref.ref[nn.Module] | None,
         tile: int | None = None,
         norms: _Norms | None = None,
-        in_flight: int = IN_FLIGHT,
+        in_flight: int = 0,
         starts: bool = False,
     ) -> None:
         self.option, self.offload, self.layer, self.mlp = option, offload, layer, mlp
@@ -336,8 +338,7 @@ class _Ours:
         return functools.partial, (checkpoint,), (checkpoint, (), {"use_reentrant": False}, None)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self.in_flight < IN_FLIGHT:
-            self.offload.drain(self.in_flight)
+        self.offload.drain(self.in_flight)
         layer = self.layer()
         if layer is None or not torch.is_grad_enabled():
             return function(*args)
@@ -600,7 +601,7 @@ class _View(NamedTuple):
 class _Offload:
     """Moves what layers save to pinned host memory and back, on a stream of its own.
 
-    Layers whose copies may be under way, each way: IN_FLIGHT. On a CPU the copies are plain ones.
+    Those of the layer before the one that is wanted are under way as well. On a CPU the copies are plain ones.
     """
 
     def __init__(self, norms: _Norms) -> None:
@@ -626,10 +627,11 @@ class _Offload:
     def _start(self, ref: weakref.ref[_Block], grad: torch.Tensor) -> None:
         block = ref()
         if block is not None and not block.wanted:
-            self._fetch(block.entries.values())
+            self._fetch(reversed(block.entries.values()))
 
     def _fetch(self, entries: Iterable[_Entry]) -> None:
-        """Start the way back of those that aren't back or on their way."""
+        """Start the way back of those that aren't back or on their way, in this order: what was saved last is
+        wanted first."""
         missing = [entry for entry in entries if entry.back is None]
         for device in dict.fromkeys(entry.device for entry in missing):
             side, own = self._side(device), [entry for entry in missing if entry.device == device]
@@ -658,7 +660,6 @@ class _Offload:
     def layer(self, layer: nn.Module, keywords: dict[str, Any]) -> Iterator[None]:
         """What is saved inside goes to the host, but for weights, and for the layer's keyword arguments,
         which other layers share."""
-        self.drain(IN_FLIGHT - 1)
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights look at each call otherwise
             stays = {t.untyped_storage().data_ptr() for t in self._weights(layer)}
             stays |= {t.untyped_storage().data_ptr() for t in tensors(keywords)}
@@ -698,7 +699,7 @@ class _Offload:
             if not block.wanted:  # its first tensor: all of it comes now, and the block before it next
                 earlier = None if block.before is None else block.before()
                 block.wanted = True
-                self._fetch((*block.entries.values(), *(earlier.entries.values() if earlier else ())))
+                self._fetch(entry for b in (block, earlier) if b for entry in reversed(b.entries.values()))
             self._fetch((entry,))
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()

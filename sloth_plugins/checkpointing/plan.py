@@ -60,7 +60,8 @@ MARGIN = 0.03
 # where such a launch takes 22.5 us (an H200's host). Those of plain PEFT and of a tile of the MLP are
 # estimated by the number of calls, not measured.
 FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (20, 40)
-IN_FLIGHT = 2
+# Of how many layers the copies may be under way at once: of the largest, and of small ones.
+IN_FLIGHT, MOST_IN_FLIGHT = 2, 8
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TILE = 512
@@ -249,10 +250,10 @@ class CheckpointPlan:
 
     @property
     def in_flight(self) -> tuple[int, ...]:
-        """Of how many layers the copies to the host may be under way when each layer's forward begins: as
-        many as layers are behind it, once none of these is offloaded."""
-        away = _tensor([["offload" in name for name in self.layers]])
-        return tuple(int(count) for count in _in_flight(away)[0])
+        """Of how many layers the copies to the host may be under way when each layer's forward begins."""
+        options = self.costs().options
+        counts, _ = _in_flight(_tensor([[options[name].host_bytes for name in self.layers]]))
+        return tuple(int(count) for count in counts[0])
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
@@ -485,16 +486,29 @@ def _tensor(values: Any) -> Any:
     return torch.tensor(values)
 
 
-def _in_flight(away: Any) -> Any:
-    """Of how many layers the copies may be under way when each begins. away: (plans, layers), whether a
-    layer has any."""
+def _in_flight(host: Any) -> tuple[Any, Any]:
+    """(of how many layers the copies to the host may be under way when each begins; how many bytes these
+    are). host: (plans, layers), what each layer copies.
+
+    With its own they are at most those of IN_FLIGHT of the largest layers, so that a large one has the time
+    of several small ones. Once no layer is offloaded any more, as many as there are layers behind it.
+    """
     import torch
 
-    end = away.shape[1] - 1
+    end = host.shape[1] - 1
     at = torch.arange(end + 1)
-    last = (away * (at + 1)).amax(1, keepdim=True) - 1
-    last = torch.where(last < 0, end, last.clamp(max=end - 1))
-    return torch.where(at <= last, IN_FLIGHT, (end - at).clamp(max=IN_FLIGHT))
+    newest = torch.where(host > 0, at, -1).cummax(1).values
+    before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+    last = torch.where(newest[:, -1:] < 0, end, newest[:, -1:].clamp(max=end - 1))
+    most = torch.where(at <= last, MOST_IN_FLIGHT, (end - at).clamp(max=MOST_IN_FLIGHT))
+    room = IN_FLIGHT * host.amax(1, keepdim=True) - host
+    count, size, index = torch.zeros_like(host), torch.zeros_like(host), before
+    for _ in range(MOST_IN_FLIGHT):
+        more = torch.where(index < 0, 0, host.gather(1, index.clamp(min=0)))
+        fits = (index >= 0) & (count < most) & (size + more <= room)
+        count, size = count + fits.long(), size + more * fits
+        index = torch.where(fits, before.gather(1, index.clamp(min=0)), -1)
+    return count, size
 
 
 class _Memory:
@@ -521,20 +535,12 @@ class _Memory:
         at = torch.arange(codes.shape[1])
         base = self.fixed + self.ends
         held = base + kept.cumsum(1) - kept
-        away = host > 0
-
-        def of(index: Any, values: Any, none: int) -> Any:
-            return torch.where(index < 0, none, values.gather(1, index.clamp(min=0)))
-
-        # The offloaded layers before each, the last one and the one before that: IN_FLIGHT of them.
-        newest = torch.where(away, at, -1).cummax(1).values
-        one = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
-        two = of(one, one, -1)
-        under_way = (IN_FLIGHT - away.long()).minimum(_in_flight(away))
-        leaving = of(one, host, 0) * (under_way > 0) + of(two, host, 0) * (under_way > 1)
-        forward = held + kept + host + leaving
+        newest = torch.where(host > 0, at, -1).cummax(1).values
+        before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+        forward = held + kept + host + _in_flight(host)[1]
         head = base + kept.sum(1) + self.head
-        coming = of(one, host, 0) * (at <= newest[:, -1:] + 1)
+        coming = torch.where(before < 0, 0, host.gather(1, before.clamp(min=0)))
+        coming = coming * (at <= newest[:, -1:] + 1)
         done = (self.layers - 1 - at) * self.a_gradient
         backward = held + kept + passing + self.work + coming + done
         return forward, head, backward, torch.full_like(head, base + self.gradients)
