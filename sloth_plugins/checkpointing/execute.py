@@ -601,7 +601,7 @@ class _View(NamedTuple):
 class _Offload:
     """Moves what layers save to pinned host memory and back, on a stream of its own.
 
-    Those of the layer before the one that is wanted are under way as well. On a CPU the copies are plain ones.
+    On their way back are those of the layer that is wanted and of the one before. On a CPU copies are plain.
     """
 
     def __init__(self, norms: _Norms) -> None:

@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 from sloth_plugins.checkpointing.facts import CLASSES, ModelFacts, Shape
 from sloth_plugins.checkpointing.rates import Rates
+from sloth_plugins.checkpointing.streams import Lanes, simulated
 from sloth_plugins.specs import BadInputError
 
 VERSION = 3
@@ -62,6 +63,8 @@ MARGIN = 0.03
 FUSED_LAUNCHES, PLAIN_LAUNCHES, TILE_LAUNCHES = (85, 95), (160, 160), (20, 40)
 # Of how many layers the copies may be under way at once: of the largest, and of small ones.
 IN_FLIGHT, MOST_IN_FLIGHT = 2, 8
+# Of how many plans in one way the copies are followed one by one, those first that may be the fastest.
+MOST_FOLLOWED = 4096
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TILE = 512
@@ -673,6 +676,8 @@ class _Search:
         self.host_limit = None if host_limit is None else host_limit - self.moved
         self.to_host, self.from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
         self.read_s = facts.embedding_read_bytes(shape) / self.from_host if self.moved else 0.0
+        self.followed = 0
+        """How many plans' copies have been followed one by one."""
 
     def again_s(self, mlps: Any, wholes: Any) -> Any:
         """Seconds of what is made again."""
@@ -710,6 +715,34 @@ class _Search:
         first = (first - (counts.inputs < self.layers).double() * behind).clamp(min=0)
         seconds, stall = self.times(again, counts.wholes, copied, first)
         return seconds, stall, again + copied.double() / self.to_host + self.read_s, copied
+
+    @functools.cached_property
+    def lanes(self) -> Lanes:
+        """What a step's streams do under the options."""
+        import torch
+
+        cost = self.cost
+        host = self.memory.host.double()
+        # What was saved last comes back first: of a whole layer, gate and up.
+        whole = (host[5] - host[4]) / host[5].clamp(min=1)
+        return Lanes(
+            forward_s=cost.forward_s,
+            backward_s=cost.backward_s + cost.tiled_s,
+            between_s=cost.rest_s,
+            to_host=self.to_host,
+            from_host=self.from_host,
+            host=host,
+            first=torch.cat([torch.ones(5, dtype=torch.float64), whole.unsqueeze(0)]),
+            again_s=torch.tensor([cost.options[name].recompute_s for name in OPTIONS], dtype=torch.float64),
+        )
+
+    def exactly(self, bound: Any, codes: Any) -> Any:
+        """Seconds beyond what any plan takes, layers and copies being followed one by one. bound: what `of`
+        says, which knows sums alone."""
+        cost, n = self.cost, self.layers
+        seconds = simulated(self.lanes, codes, _in_flight(self.memory.host[codes])[0]) + self.read_s
+        seconds = seconds - n * (cost.forward_s + cost.backward_s) - cost.rest_s
+        return bound.maximum((seconds * 1e12).round() / 1e12)
 
     def possible(self, counts: _Counts) -> Any:
         """Whether the last layer is none of those that are offloaded evenly, and host memory suffices."""
@@ -819,7 +852,7 @@ class _Search:
             counts = self._with_parts_away(allow, mlps[part], wholes[part], offloaded[part], must[part])
             some = counts.offloaded + counts.mlps_away
             bound = self.least(torch.zeros_like(some), *counts[:4], counts.mlps_away)
-            made = self._first_that_fits(counts.at(bound <= limit), budget, best)
+            made = self._fastest_that_fits(counts.at(bound <= limit), budget, best)
             if made is not None:
                 best, found = made
         return None if found is None else self.made(found, budget)
@@ -846,42 +879,52 @@ class _Search:
         (mlps, wholes, offloaded, _, mlps_away), inputs = spread(columns, low, high)
         return _Counts(mlps, wholes, offloaded, mlps_away, inputs)
 
-    def _first_that_fits(
+    def _fastest_that_fits(
         self, counts: _Counts, budget: int, best: tuple[float, float]
     ) -> tuple[tuple[float, float], _Counts] | None:
         """The fastest of these within the budget, with (seconds, seconds with copies), if that is below
         `best`."""
-        seconds, _, work, _ = self.of(counts)
-        left = self.possible(counts) & ((seconds < best[0]) | ((seconds == best[0]) & (work < best[1])))
-        counts, seconds, work = counts.at(left), seconds[left], work[left]
+        import torch
+
+        bound, _, work, _ = self.of(counts)
+        left = self.possible(counts) & ((bound < best[0]) | ((bound == best[0]) & (work < best[1])))
+        counts, bound, work = counts.at(left), bound[left], work[left]
         order = work.argsort(stable=True)
-        order = order[seconds[order].argsort(stable=True)]
-        start, size = 0, 32
+        order = order[bound[order].argsort(stable=True)]
+        start, size, found = 0, 32, None
 
         def fit(codes: Any) -> Any:
             peak = self.memory.peak(codes)
             return peak + self.memory.margin(peak) <= budget
 
-        while start < len(order):
+        while start < len(order) and self.followed < MOST_FOLLOWED:
             part = order[start : start + size]
+            if (float(bound[part[0]]), float(work[part[0]])) >= best:
+                break
             start, size = start + size, min(4 * size, 2048)
             if self.layers > 4 * FEW_LAYERS:
                 part = part[fit(counts.at(part).placed(self.layers, FEW_LAYERS))]
-            some = counts.at(part)
-            fits = fit(some.placed(self.layers))
-            if fits.any():
-                at = int(fits.long().argmax())
-                key = float(seconds[part[at]]), float(work[part[at]])
-                return key, some.at(slice(at, at + 1))
-        return None
+            codes = counts.at(part).placed(self.layers)
+            fits = fit(codes)
+            if not fits.any():
+                continue
+            part, codes = part[fits], codes[fits]
+            self.followed += len(part)
+            seconds = self.exactly(bound[part], codes)
+            at = int(torch.where(seconds == seconds.min(), work[part], torch.inf).argmin())
+            key = float(seconds[at]), float(work[part[at]])
+            if key < best:
+                best, found = key, counts.at(part[at : at + 1])
+        return None if found is None else (best, found)
 
     def made(self, counts: _Counts, budget: int | None) -> CheckpointPlan:
         """The one plan of `counts`; budget: None for what it needs."""
         codes = counts.placed(self.layers)
         peak = self.memory.peak(codes)
         margin = self.memory.margin(peak)
-        _, stall, _, copied = self.of(counts)
-        again_s, stall_s = float(self.again_s(counts.mlps, counts.wholes)), float(stall)
+        bound, _, _, copied = self.of(counts)
+        again_s = float(self.again_s(counts.mlps, counts.wholes))
+        stall_s = max(0.0, float(self.exactly(bound, codes)) - again_s)
         cost = self.cost
         return CheckpointPlan(
             layers=tuple(OPTIONS[code] for code in codes[0].tolist()),

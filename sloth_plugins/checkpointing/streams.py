@@ -1,0 +1,88 @@
+"""When the layers and the copies of a step run, of many plans at once.
+
+Layers run one after another, and so do copies, beside them. A layer's copies to the host begin when its first
+tensors are saved, and are over when the layer is, or later. A layer begins when no more of them are under way
+than the plan lets be. Behind the head everything is out.
+
+The copy back of the last layer that is offloaded begins with the backward of the layer behind it, that of any
+other one with the backward of the offloaded layer behind it. A layer's backward begins when what it wants
+first is there, and waits once more where the rest is late.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Shares of a layer: of its forward, before its first tensors are saved; of its backward, that still follows
+# when the last of what it wants has come.
+SAVED_AFTER, REST = 0.25, 0.35
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Seconds of a layer's forward and backward and of what lies between them; bytes a second each way; and
+    of each option the bytes that leave, the share of them that the backward wants first, and seconds of what
+    it makes again (float64 tensors)."""
+
+    forward_s: float
+    backward_s: float
+    between_s: float
+    to_host: float
+    from_host: float
+    host: Any
+    first: Any
+    again_s: Any
+
+
+def simulated(lanes: Lanes, codes: Any, in_flight: Any) -> Any:
+    """Seconds from the first layer's forward to the end of its backward, float64 (plans,).
+
+    codes: (plans, layers), which option each layer takes; in_flight: of how many layers the copies may be
+    under way when it begins.
+    """
+    import torch
+
+    plans, layers = codes.shape
+    host, again = lanes.host[codes], lanes.again_s[codes]
+    away = host > 0
+    # Of each layer, what precedes it among those that are offloaded.
+    newest = torch.where(away, torch.arange(layers), -1).cummax(1).values
+    before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+    now, link = (torch.zeros(plans, dtype=torch.float64) for _ in range(2))
+    out = torch.zeros(plans, layers, dtype=torch.float64)  # when the n-th copy to the host is over
+    count = torch.zeros(plans, 1, dtype=torch.long)
+    for i in range(layers):
+        waits = count[:, 0] - in_flight[:, i] - 1
+        there = out.gather(1, waits.clamp(min=0).unsqueeze(1))[:, 0]
+        now = torch.where(waits < 0, now, now.maximum(there))
+        end = link.maximum(now + SAVED_AFTER * lanes.forward_s) + host[:, i] / lanes.to_host
+        link = torch.where(away[:, i], end.maximum(now + lanes.forward_s), link)
+        out.scatter_(1, count, link.unsqueeze(1))
+        count = (count + away[:, i : i + 1].long()).clamp(max=layers - 1)
+        now = now + lanes.forward_s
+    now = now.maximum(link) + lanes.between_s
+
+    begins, back = (torch.full((plans, layers), torch.inf, dtype=torch.float64) for _ in range(2))
+
+    def fetch(index: Any, wanted: Any) -> None:
+        nonlocal link
+        at = index.clamp(min=0).unsqueeze(1)
+        new = wanted & (index >= 0) & back.gather(1, at)[:, 0].isinf()
+        begin = link.maximum(now)
+        end = begin + host.gather(1, at)[:, 0] / lanes.from_host
+        for times, value in ((begins, begin), (back, end)):
+            times.scatter_(1, at, torch.where(new, value, times.gather(1, at)[:, 0]).unsqueeze(1))
+        link = torch.where(new, end, link)
+
+    always = torch.ones(plans, dtype=torch.bool)
+    for i in reversed(range(layers)):
+        fetch(newest[:, -1], newest[:, -1] == i - 1)
+        fetch(torch.where(away[:, i], i, -1), always)
+        fetch(before[:, i], away[:, i])
+        first = begins[:, i] + lanes.first[codes[:, i]] * host[:, i] / lanes.from_host
+        now = torch.where(away[:, i], now.maximum(first), now)
+        run = lanes.backward_s + again[:, i]
+        now = now + run
+        now = torch.where(away[:, i], now.maximum(back[:, i] + REST * run), now)
+    return now
