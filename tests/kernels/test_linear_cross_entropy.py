@@ -1084,7 +1084,7 @@ def test_real_sizes(v, monkeypatch):
 @pytest.mark.parametrize("tokens", [4096, 6143, 8192])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_trainable_head_of_real_width(tokens, reduction, monkeypatch):
-    """In one sum and in two, with labels that are frequent: tokens of both sums add to the same rows of dW."""
+    """In one sum and in two, with frequent labels: tokens of both sums add to the same rows of dW."""
     monkeypatch.setattr(op, "LOGITS_BYTES", 2**28)
     monkeypatch.setattr(op, "LENT_BYTES", 2**28)
     real, chosen = op._weight_sums, []
