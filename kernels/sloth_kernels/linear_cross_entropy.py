@@ -1165,7 +1165,7 @@ def _pass(
     most = most_rows(row_bytes, beside_bytes, hidden.device)
     if not narrow or (exact and dtype == torch.float16):  # see HALF_SHIFT
         plan = _Sums(chunk_rows(tokens, most, k, processors, v, bool(shared)), wide=narrow)
-    elif same:
+    elif same and bias is None:  # cuBLAS rounds a product before it adds a bias that lies across its rows
         elements, excess = (
             n // dtype.itemsize for n in (spare_bytes(LENT_BYTES, hidden.device), excess_bytes)
         )
@@ -1192,7 +1192,7 @@ def _pass(
         end = lent.tokens
         own = slice(0, end)
         assert dw is not None
-        _first_sum(head, hidden[own], dense, bias, labels[own], rows.part(own), lent, space, dh, dw, db)
+        _first_sum(head, hidden[own], dense, labels[own], rows.part(own), lent, space, dh, dw)
     logits = out = _matrix(space, count, v, width)
     if not same:
         other = torch.empty(count * width if backward else 0, dtype=dtype, device=hidden.device)
@@ -1243,16 +1243,14 @@ def _first_sum(
     head: _Head,
     hidden: torch.Tensor,
     dense: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
     rows: _Rows,
     lent: _Lent,
     space: torch.Tensor,
     dh: torch.Tensor | None,
     dw: torch.Tensor,
-    db: torch.Tensor | None,
 ) -> None:
-    """Losses of those tokens, their part of dh and db, and dW of them alone: logits are in dW's memory."""
+    """Losses of those tokens, their part of dh, and dW of them alone: logits are in dW's memory."""
     (tokens, k), v = hidden.shape, dense.shape[0]
     memory = dw.view(-1)
     inside, outside = memory[lent.offset :], space
@@ -1263,14 +1261,8 @@ def _first_sum(
     scratch = memory[: lent.offset].view(torch.float32)
     places = slice(0, lent.split), slice(lent.split, v)
     for place, a in zip(places, pieces, strict=True):
-        if bias is None:
-            torch.mm(dense[place], hidden.t(), out=a)
-        else:
-            torch.addmm(bias[place, None], dense[place], hidden.t(), out=a)
+        torch.mm(dense[place], hidden.t(), out=a)
     _columns_pass(head, pieces, labels, rows, scratch)
-    if db is not None:
-        for place, d in zip(places, pieces, strict=True):
-            db[place] += d.sum(1, dtype=torch.float32)
     if dh is not None:
         for some in (slice(i, i + (lent.sums or tokens)) for i in range(0, tokens, lent.sums or tokens)):
             out = dh[:tokens][some]

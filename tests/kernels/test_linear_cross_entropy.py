@@ -256,7 +256,7 @@ def test_nothing_waits_for_the_device(short_chunks, lend):
         hidden, weight, bias = leaves
         found = linear_log_probs(hidden, weight, ids, bias=bias, entropy=True, fused=False)
         torch.autograd.grad(found[0].sum() + found[1].sum(), leaves)
-        chosen = lend(3000, front=20)
+        chosen, inputs["bias"], leaves = lend(3000, front=20), None, leaves[:2]
         torch.autograd.grad(linear_cross_entropy(**inputs, fused=False), leaves)
         torch.autograd.grad(linear_cross_entropy(**inputs, fused=False, reduction="none").sum(), leaves)
         assert len(chosen) == 2 and all(plan.lent is not None for plan in chosen)
@@ -480,7 +480,7 @@ def test_the_weight_gradient_of_many_chunks(tokens, device, monkeypatch):
 # first sum, and how many of them are computed again.
 LENT = [
     pytest.param((1,), 3000, 20, 0, 0, id="one"),
-    pytest.param((2, 4), 3000, 20, 0, 0, id="fewer than features"),
+    pytest.param((2, 11), 4000, 20, 0, 0, id="fewer than features"),
     pytest.param((24,), 4000, 20, 0, 0, id="as many"),
     pytest.param((61,), 11500, 52, 0, 0, id="more"),
     pytest.param((5, 13), 8000, 40, 1, 0, id="a chunk"),
@@ -500,7 +500,7 @@ def test_logits_in_the_memory_of_the_weight_gradient(
         monkeypatch.setattr(op, "MOST_ROUNDINGS", 1.5)
         monkeypatch.setattr(op, "MOST_AGAIN", 0.45)
     seed = secrets.randbelow(2**31)
-    inputs = tensors(device, dtype, rows=rows, ignored=0.2, seed=seed)
+    inputs = tensors(device, dtype, rows=rows, ignored=0.2, seed=seed, bias=False)
     inputs["labels"].view(-1)[0] = 202
     one = [torch.ones((), device=device)]
     try:
@@ -510,9 +510,9 @@ def test_logits_in_the_memory_of_the_weight_gradient(
             check(function, run(reference, **options), with_ids(dict(inputs)))
         else:
             options = dict(reduction=what, num_items=7 if what == "sum" else None)
-            check_loss(inputs | {"bias": None}, fused, one, **options)
+            check_loss(inputs, fused, one, **options)
             options = dict(reduction=what, label_smoothing=0.1, z_loss=1e-2)
-            if inputs["labels"].numel() > 1:  # of one token's roundings luck makes more than a factor of 1.5
+            if inputs["labels"].numel() > 22:  # of few tokens' roundings luck makes more than a factor of 1.5
                 options |= dict(softcap=4.0, scale=1.5)
             check_loss(inputs, fused, one, **options)
     except AssertionError as error:
@@ -532,7 +532,7 @@ def test_the_first_sum(fused, dtype, name, device, lend):
     """Losses and gradients of logits that lie in two places, by the kernels, as the interpreter runs them."""
     options = LOSSES[name]
     lend(0)
-    inputs = tensors(device, dtype, rows=(45,), v=301, h=24)
+    inputs = tensors(device, dtype, rows=(45,), v=301, h=24, bias=False)
     inputs["labels"][:3] = torch.tensor([0, 300, 1])  # labels of both places
     lent = op._lend(45, 24, 301, 10**5, 7)
     assert lent is not None and 0 < lent.split < 301 and len(list(lent.blocks(301, 24))) > 2
@@ -541,38 +541,35 @@ def test_the_first_sum(fused, dtype, name, device, lend):
     given = dict(softcap=None, scale=1.0, ignore_index=-100) | given
 
     def ours(**leaves: torch.Tensor) -> torch.Tensor:
-        hidden, weight, bias = (leaves[n].detach() for n in ("hidden", "weight", "bias"))
+        hidden, weight = leaves["hidden"].detach(), leaves["weight"].detach()
         head = op._head(hidden, fused=fused, **given)
         new = dict(device=device, dtype=torch.float32)
         rows = op._Rows(loss=torch.full((45,), torch.nan, **new), lse=torch.full((45,), torch.nan, **new))
         rows.grad = torch.ones((), **new)
-        dh, dw, db = torch.empty_like(hidden), torch.empty_like(weight), torch.zeros(301, **new)
+        dh, dw = torch.empty_like(hidden), torch.empty_like(weight)
         for x in (dh, dw):
             x.fill_(torch.nan)
         space = torch.full(((301 - lent.split) * lent.stride,), torch.nan, device=device, dtype=dtype)
-        op._first_sum(head, hidden, weight, bias, leaves["labels"], rows, lent, space, dh, dw, db)
-        return Known.apply(rows.loss.sum(), dh, dw, db.to(dtype), *(leaves[n] for n in NAMES))
+        op._first_sum(head, hidden, weight, leaves["labels"], rows, lent, space, dh, dw)
+        return Known.apply(rows.loss.sum(), dh, dw, leaves["hidden"], leaves["weight"])
 
     reference = run(linear_cross_entropy_reference, **{**options, "reduction": "sum"})
     upstream = [torch.ones((), device=device)]
     comparisons = check(ours, lambda **x: reference(**x), inputs, upstream=upstream)
-    assert [c.tensor for c in comparisons] == ["output 0", "dhidden", "dweight", "dbias"]
-
-
-NAMES = ("hidden", "weight", "bias")
+    assert [c.tensor for c in comparisons] == ["output 0", "dhidden", "dweight"]
 
 
 class Known(torch.autograd.Function):
     """A number whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, dh: Any, dw: Any, db: Any, *leaves: torch.Tensor) -> Any:
-        ctx.gradients = dh, dw, db
+    def forward(ctx: Any, value: torch.Tensor, dh: Any, dw: Any, *leaves: torch.Tensor) -> Any:
+        ctx.gradients = dh, dw
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, None, None, None, *ctx.gradients
+        return None, None, None, *ctx.gradients
 
 
 @pytest.mark.parametrize("fused", BOTH)
@@ -617,8 +614,8 @@ def test_transposed_logits_are_rows_of_logits(fused, device, lend):
 def test_all_ignored_with_logits_in_the_memory_of_the_weight_gradient(fused, device, lend):
     chosen = lend(8000)
     dtype = torch.bfloat16 if GPU or not fused else torch.float16
-    inputs = tensors(device, dtype, rows=(65,), ignored=1.1)
-    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    inputs = tensors(device, dtype, rows=(65,), ignored=1.1, bias=False)
+    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight")]
     for reduction in ("sum", "none"):
         loss = linear_cross_entropy(**inputs, fused=fused, reduction=reduction)
         for gradient in torch.autograd.grad(loss.sum(), leaves):
@@ -628,8 +625,9 @@ def test_all_ignored_with_logits_in_the_memory_of_the_weight_gradient(fused, dev
 
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("bias",)], ids=str)
 def test_what_is_needed_with_logits_in_the_memory_of_the_weight_gradient(frozen, device, lend):
+    """Not with a bias: cuBLAS would round the products before it is added."""
     chosen = lend(8000)
-    inputs = tensors(device, torch.bfloat16, rows=(65,))
+    inputs = tensors(device, torch.bfloat16, rows=(65,), bias="bias" in frozen)
     upstream = [torch.ones((), device=device)]
     for reduction, given in (("sum", upstream), ("none", None)):
         functions = (
@@ -637,7 +635,7 @@ def test_what_is_needed_with_logits_in_the_memory_of_the_weight_gradient(frozen,
             run(linear_cross_entropy_reference, reduction=reduction),
         )
         check(*functions, inputs, frozen=frozen, upstream=given)
-    assert all(plan.lent is not None for plan in chosen) and chosen
+    assert all(plan.lent is not None for plan in chosen) and bool(chosen) == ("bias" not in frozen)
 
 
 def test_a_scaled_gradient_of_hidden_in_16_bits(device, lend):
@@ -1046,8 +1044,8 @@ def test_no_synchronisation(trainable):
 @pytest.mark.gpu
 def test_no_synchronisation_with_logits_in_the_memory_of_the_weight_gradient(lend):
     chosen = lend(8000)
-    inputs = tensors(torch.device("cuda"), torch.bfloat16, rows=(65,))
-    for name in NAMES:
+    inputs = tensors(torch.device("cuda"), torch.bfloat16, rows=(65,), bias=False)
+    for name in ("hidden", "weight"):
         inputs[name].requires_grad_()
 
     def step() -> None:
