@@ -602,6 +602,7 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         if after:
             inner = steps[after](inner)
         normed, summed = function(inner, x, getattr(put_off, weight) if weight else None, **options)
+        del inner  # else it would be there beside the MLP
         if NOW.norms:
             note(put_off, normed, summed, lambda x: alone(put_off, x, None))
         if last:

@@ -957,17 +957,16 @@ class _LoraMLPAgain(torch.autograd.Function):
             seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
             return x.new_zeros(*x.shape[:-1], last.n)
-        of_first = _buffers(first, rows, ours)
-        of_last = _buffers(last, rows, theirs) if len(parts) > 1 else None
+        several = len(parts) > 1
+        of_first, of_last = (
+            (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else (None, None)
+        )
         made, low = [], []
         seeds = []
         for part in parts:
             own = first.seeds(x.device), last.seeds(x.device)
-            ahead = _Ahead(last, part, theirs) if of_last is None else None
-            (gate, up), _ = _group_forward(
-                first, own[0], part, ours, together=True, buffers=of_first, ahead=ahead
-            )
-            y, p = _mlp_down(last, own[1], gate, up, activation, theirs, ahead, of_last, first.fused)
+            (gate, up), _ = _group_forward(first, own[0], part, ours, together=True, buffers=of_first)
+            y, p = _mlp_down(last, own[1], gate, up, activation, theirs, None, of_last, first.fused)
             del gate, up
             made.append(y)
             low.append(None if repeated else p)

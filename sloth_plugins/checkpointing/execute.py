@@ -10,6 +10,7 @@ keeps everything. Undoing gives each layer its own flags back.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import warnings
 import weakref
@@ -342,7 +343,11 @@ class _Ours:
         layer = self.layer()
         if layer is None or not torch.is_grad_enabled():
             return function(*args)
-        result = self._call(layer, function, *args)
+        try:
+            result = self._call(layer, function, *args)
+        except BaseException:  # the later layers, which would free what leaves, do not come
+            self.offload.drain()
+            raise
         if self.starts:
             self.offload.start_with(result)
         return result
@@ -713,11 +718,10 @@ class _Offload:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 yield
         finally:
-            if device and (side := self._side(device[0])) is not None:
-                block.copied = side.stream.record_event()
+            if device:
+                side = self._side(device[0])
+                block.copied = None if side is None else side.stream.record_event()
                 self._leaving.append(block)
-            else:
-                block.release()
 
     def _side(self, device: torch.device) -> _Side | None:
         if device.type != "cuda":
@@ -770,6 +774,26 @@ def usable_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return int(OF_FREE * (free + torch.cuda.memory_reserved(device)))
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """What tensors take of a GPU; None for other devices."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def planned_for_bytes(model: nn.Module, device: torch.device) -> int:
+    """What is on the device already of that for which a plan has room beside the weights: the trained
+    parameters' gradients, and the state of whichever of the process's optimizers has them."""
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    found = [p.grad for p in trained.values() if p.grad is not None]
+    for thing in gc.get_objects():
+        # Not isinstance(), which asks lazy modules for their class.
+        if issubclass(type(thing), torch.optim.Optimizer):
+            groups, state = vars(thing).get("param_groups", ()), vars(thing).get("state", {})
+            if any(id(p) in trained for group in groups for p in group["params"]):
+                found += tensors([*dict(state).values()])
+    storages = (t.untyped_storage() for t in found if t.device == device and t.layout == torch.strided)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def twice(facts: ModelFacts, shape: Shape) -> Observed:
@@ -963,8 +987,8 @@ class Automatic:
             if (model := self.model()) is not None:
                 refuse_sharded(model)  # trainers shard after they have called accelerate()
             self.budget = usable_bytes(self.device) or 0
-        if self.device.type == "cuda" and not self.record["plans"]:
-            here = torch.cuda.memory_allocated(self.device)
+        if not self.record["plans"] and (here := allocated_bytes(self.device)) is not None:
+            here -= 0 if (model := self.model()) is None else planned_for_bytes(model, self.device)
             facts = self.facts = facts.replace(resident_bytes=max(here, facts.weights_bytes))
         if facts.observed is None and self._all_kept(facts.replace(observed=twice(facts, shape)), shape):
             roomy = self._all_kept(facts, shape)

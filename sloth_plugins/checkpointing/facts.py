@@ -386,6 +386,36 @@ class ModelFacts:
             expanded = h * i * e
         return expanded + gradients + (t * h * e if norms_again else 0)
 
+    def forward_bytes(self, shape: Shape, mlp_tiles: int = 1, *, mlp_kept: bool = True) -> int:
+        """What one layer's forward takes at most beside what it saves: that is in its MLP.
+
+        mlp_tiles: parts of the tokens, one of which is in the MLP at a time. mlp_kept: whether gate and up
+        are among what it saves; else they are there for a while all the same.
+        """
+        t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
+        output = t * h * e
+        if not self.fused_mlp:
+            made = 0 if mlp_kept else -(-self.mlp_bytes(shape) // mlp_tiles)
+            expanded = (2 if self.fused else 1) * h * i * e if self.four_bit else 0
+            return expanded + made + -(-t // mlp_tiles) * i * max(e, self.stream_bytes) + output
+        first, last = self._expanded_mlp
+        if mlp_tiles > 1:
+            return first + last + -(-t // mlp_tiles) * (3 * i + h + 2 * ROW) * e + 2 * output
+        made, ahead = (0, last) if mlp_kept else (t * 2 * i * e, 0)
+        joint, down = first + t * (h + ROW) * e + ahead, t * (i + ROW) * e + last + output
+        return made + max(joint, down)
+
+    @property
+    def _expanded_mlp(self) -> tuple[int, int]:
+        """Bytes that gate and up, and down, take where they are expanded in our kernels."""
+        if not self.four_bit:
+            return 0, 0
+        h, i, columns = self.hidden, self.intermediate, -(-self.rank // 16) * 16
+        return (
+            (2 * i + 2 * columns) * (h + ROW) * self.activation_bytes,
+            (h + columns) * (i + ROW) * self.activation_bytes,
+        )
+
     @property
     def expanded_groups(self) -> list[tuple[int, int, int]]:
         """(outputs, inputs, adapters) of what a layer expands at once of its 4-bit weights in our kernels."""
@@ -422,11 +452,8 @@ class ModelFacts:
         and each of the MLP's weights is expanded when it is wanted."""
         if not self.fused_mlp:
             return 0
-        t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
-        columns = -(-self.rank // 16) * 16
-        first, last = (2 * i + 2 * columns) * (h + ROW) * e, (h + columns) * (i + ROW) * e
-        if not self.four_bit:
-            first = last = 0
+        t, i, e = shape.tokens, self.intermediate, self.activation_bytes
+        first, last = self._expanded_mlp
         hidden, joint, made = t * i * e, t * (2 * i + ROW) * e, self.mlp_bytes(shape)
         stages = made + first, made + hidden + last, joint + first
         return made + first + last + hidden + joint - max(stages)
@@ -441,10 +468,13 @@ class ModelFacts:
         return t * h * 4 + min(chunk, t * self.vocab * e) + min(HEAD_SLAB_BYTES, self.vocab * h * 4) + trained
 
     def ends_bytes(self, shape: Shape) -> int:
-        """What the step keeps outside of the layers: the last norm's input and output, rotary tables, ids."""
-        e = self.activation_bytes
-        norm = shape.tokens * self.hidden * (self.stream_bytes if self.fused else 4)
-        return norm + shape.tokens * (self.hidden * e + 16) + 2 * shape.seq * self.head_dim * 4
+        """What is there beside the layers' tensors at the head: the last norm's input and output."""
+        stream = self.stream_bytes if self.fused else 4
+        return shape.tokens * self.hidden * (stream + self.activation_bytes)
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """What all layers read: ids and positions, rotary tables."""
+        return 16 * shape.tokens + 2 * shape.seq * self.head_dim * 4
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON types."""

@@ -78,11 +78,12 @@ FEW_LAYERS = 16
 class Option:
     """What one layer costs under an option: device bytes kept; device bytes that its backward needs for a
     while beside them and beside the work space of a layer that keeps all (below zero where it needs less);
-    host bytes; seconds."""
+    those that its forward needs beside what it saves; host bytes; seconds."""
 
     name: str
     kept_bytes: int
     passing_bytes: int
+    forward_bytes: int
     host_bytes: int
     recompute_s: float
 
@@ -160,8 +161,23 @@ def costs(
         ("recompute_mlp_offload", 0, kept - lean, kept - mlp, mlp_again + norm_s),
         ("offload", 0, kept, kept, norm_s),
     )
+
+    def beside(name: str) -> int:
+        """What the forward needs: the MLP's, a norm's output that is not saved, and a sum of residuals."""
+        mlp_kept = mlp_tiles == 1 and name in ("keep", "offload")
+        whole = name in ("recompute", "recompute_offload")
+        more = t * h * (facts.activation_bytes * (norms_again or whole) + facts.stream_bytes * whole)
+        return facts.forward_bytes(shape, mlp_tiles, mlp_kept=mlp_kept) + more
+
     options = {
-        name: Option(name=name, kept_bytes=kept, passing_bytes=passing, host_bytes=host, recompute_s=seconds)
+        name: Option(
+            name=name,
+            kept_bytes=kept,
+            passing_bytes=passing,
+            forward_bytes=beside(name),
+            host_bytes=host,
+            recompute_s=seconds,
+        )
         for name, kept, passing, host, seconds in rows
     }
     launches = list(FUSED_LAUNCHES if facts.fused else PLAIN_LAUNCHES)
@@ -523,8 +539,13 @@ class _Memory:
         self.passing = _tensor([option.passing_bytes for option in options])
         self.host = _tensor([option.host_bytes for option in options])
         self.fixed = fixed_bytes(facts, way.embeddings_on_host)
-        self.ends = facts.ends_bytes(shape)
-        self.work, self.head = facts.workspace_bytes(shape, *way[:2]), facts.head_bytes(shape)
+        self.shared, self.ends = facts.shared_bytes(shape), facts.ends_bytes(shape)
+        # A model's own forward holds its embeddings until its end.
+        embedded = shape.tokens * facts.hidden * facts.stream_bytes
+        self.forward = embedded + _tensor([option.forward_bytes for option in options])
+        # The last norm's tensors are gone then, but backwards were measured to take about as much more.
+        self.work = self.ends + facts.workspace_bytes(shape, *way[:2])
+        self.head = self.ends + facts.head_bytes(shape)
         self.layers = facts.layers
         self.gradients = 0 if facts.accumulates else facts.gradient_bytes
         self.a_gradient = self.gradients // facts.layers
@@ -536,11 +557,11 @@ class _Memory:
 
         kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]
         at = torch.arange(codes.shape[1])
-        base = self.fixed + self.ends
+        base = self.fixed + self.shared
         held = base + kept.cumsum(1) - kept
         newest = torch.where(host > 0, at, -1).cummax(1).values
         before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
-        forward = held + kept + host + _in_flight(host)[1]
+        forward = held + kept + host + _in_flight(host)[1] + self.forward[codes]
         head = base + kept.sum(1) + self.head
         coming = torch.where(before < 0, 0, host.gather(1, before.clamp(min=0)))
         coming = coming * (at <= newest[:, -1:] + 1)
@@ -759,7 +780,7 @@ class _Search:
         last = kept + memory.work + min(0, int(memory.passing[:3].min()))
         found = last.maximum(kept + memory.head)
         if n == 1:
-            return found + memory.ends
+            return found + memory.shared
         # The second layer is there when the first one's tensors come, behind nearly all gradients.
         away = offloaded + mlps_away > 0
         first = (most_away > 0) * memory.host[4] + (most_away == 0) * memory.host[5]
@@ -774,7 +795,7 @@ class _Search:
         before = before * (wholes == 0) + memory.host[3] * (wholes > 0)
         several = offloaded + mlps_away > 1
         large = own[5] + memory.work + several * (before + (n - 1 - at) * memory.a_gradient)
-        return found.maximum((offloaded > 0) * large) + memory.ends
+        return found.maximum((offloaded > 0) * large) + memory.shared
 
     def fits(self, budget: int) -> int:
         """The most that may be allocated on top of all that is fixed."""

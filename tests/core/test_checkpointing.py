@@ -127,14 +127,15 @@ def by_hand(layers: tuple[str, ...], facts: ModelFacts, shape: Shape, way: Any) 
     options = costs(facts, shape, H200, tiles, norms).options
     leaves = [options[name].host_bytes for name in layers]
     away = [index for index, size in enumerate(leaves) if size]
-    base = fixed_bytes(facts) - on_host * facts.movable_bytes + facts.ends_bytes(shape)
+    base = fixed_bytes(facts) - on_host * facts.movable_bytes + facts.shared_bytes(shape)
     n, held, rows = len(layers), base, []
     for index, name in enumerate(layers):
         rows.append(held + options[name].kept_bytes + leaves[index])
         rows[-1] += sum(leaves[i] for i in under_way(leaves, index))
+        rows[-1] += options[name].forward_bytes + shape.tokens * facts.hidden * facts.stream_bytes
         held += options[name].kept_bytes
-    rows.append(held + facts.head_bytes(shape))
-    work, done = facts.workspace_bytes(shape, tiles, norms), 0
+    rows.append(held + facts.ends_bytes(shape) + facts.head_bytes(shape))
+    work, done = facts.ends_bytes(shape) + facts.workspace_bytes(shape, tiles, norms), 0
     for index, name in reversed([*enumerate(layers)]):
         coming = [leaves[i] for i in away if i < index and index <= away[-1] + 1][-1:]
         rows.append(held + options[name].passing_bytes + work + done + sum(coming))

@@ -1066,6 +1066,37 @@ def test_an_interrupt_leaves_nothing(where: str) -> None:
     same(step(model, ids()), want)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_there_already_of_gradients_and_optimizer_counts_once(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run is resumed: what is allocated then is weights, gradients and the optimizer's state."""
+    model = llama(4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=64))
+    optimizers = [kind(trained, lr=0.1), torch.optim.AdamW(others.parameters())]
+    step(model, ids())
+    device = torch.device("cpu")
+    gradients = sum(p.numel() * 4 for p in trained)
+    assert execute.planned_for_bytes(model, device) == gradients
+    for p in others.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    there = execute.planned_for_bytes(model, device)
+    if kind is torch.optim.AdamW:
+        assert 3 * gradients <= there <= 3 * gradients + 4 * len(trained)  # and a step for each
+    else:
+        assert there == gradients
+    facts = ModelFacts.from_model(model, fused=False, fused_head=False)
+    weights, there = facts.weights_bytes, there - gradients
+    monkeypatch.setattr(execute, "allocated_bytes", lambda device: weights + there + 12345)
+    with sloth.accelerate(model, kernels="off", memory_budget_bytes=2**40) as acceleration:
+        step(model, ids())
+        planned_facts = acceleration.report.checkpointing["plan"]["facts"]
+        assert planned_facts["resident_bytes"] == weights + 12345
+
+
 @pytest.mark.filterwarnings("ignore:sloth")
 def test_gradients_that_accumulate_are_planned_for() -> None:
     model = llama(4)
