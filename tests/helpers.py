@@ -1,4 +1,4 @@
-"""What several test files share: tiny models, a tiny tokenizer, two ways of counting calls."""
+"""What several test files share: tiny models, a tiny tokenizer, ways of counting calls and bytes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sloth_plugins as sloth
 from sloth_plugins.manager import Manager, default_manager
@@ -311,3 +313,35 @@ def python_environment(*first: Path) -> dict[str, str]:
     """The environment of a Python that finds `first` and our source roots, installed or not; no GPU."""
     paths = [str(path) for path in (*first, *(ROOT / root for root in SOURCE_ROOTS))]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of storages, made inside, that were alive at once; aside: those made now don't count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.aside = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)
+        }
+        result = function(*args, **(kwargs or {}))
+        self.storages = {key: own for key, own in self.storages.items() if not own[0].expired()}
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if torch.is_tensor(tensor) and (key := tensor.untyped_storage()._cdata) not in given:
+                storage = tensor.untyped_storage()
+                self.storages.setdefault(key, (StorageWeakRef(storage), storage.nbytes() * (not self.aside)))
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+    @contextlib.contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """What is made inside lies in host memory."""
+        self.aside = True
+        try:
+            yield
+        finally:
+            self.aside = False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sloth_plugins.checkpointing.repeat import FLAGS, as_saved, norms_noted, put_back, tensors
+from sloth_plugins.checkpointing.repeat import FLAGS, norms_noted, put_back, tensors
 
 LENGTHS = (64, 128)
 
@@ -42,14 +42,15 @@ class _Seen:
     mlp: int = 0
     norms: int = 0
     storages: dict[tuple[int, int], Any] = field(default_factory=dict)
-    """By address and size; held, so that no other one gets the address."""
+    """By address and size, of the layer that runs; held, so that no other one gets the address."""
+    earlier: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """Those of the layer before it."""
     input: torch.Tensor | None = None
     """Of the MLP that runs now."""
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The hook: counts, and changes nothing."""
+    def pack(self, tensor: torch.Tensor) -> None:
+        """The hook: counts. Nothing is saved, for no backward comes."""
         self._count(tensor)
-        return as_saved(tensor)  # type: ignore[no-any-return]
 
     def _count(self, tensor: torch.Tensor) -> None:
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -57,7 +58,7 @@ class _Seen:
         norm = self.is_norm(tensor)
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), storage.nbytes()
-        if key[0] in self.stays or key in self.storages:
+        if key[0] in self.stays or key in self.storages or key in self.earlier:
             return
         self.storages[key] = storage
         self.saved += key[1]
@@ -68,9 +69,10 @@ class _Seen:
 
     def layer(self, mlp: nn.Module | None, function: Callable[..., Any], *args: Any) -> Any:
         """A layer's `_gradient_checkpointing_func`."""
+        self.earlier, self.storages = self.storages, {}
         shared = tensors(getattr(function, "keywords", {}))
         self.stays.update(t.untyped_storage().data_ptr() for t in shared)
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda nothing: nothing):
             return function(*args) if mlp is None else self._with_mlp(mlp, function, *args)
 
     def _with_mlp(self, mlp: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
@@ -142,4 +144,5 @@ def _forward(
             stack.enter_context(put_back(layer, *FLAGS))
             layer.__dict__.update({FLAGS[0]: True, FLAGS[1]: functools.partial(seen.layer, mlp)})
         backbone(input_ids=ids, use_cache=False)
+    seen.earlier, seen.storages = {}, {}
     return seen

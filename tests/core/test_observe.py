@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import Alive, tiny_model
 from lora_models import lora
 
 import sloth_plugins as sloth
@@ -170,3 +170,15 @@ def test_a_backbone_that_can_not_be_observed_is_planned_by_arithmetic() -> None:
         lambda module, args, kwargs: 1 / 0 if kwargs["input_ids"].shape[0] == 1 else None, with_kwargs=True
     )
     assert facts_of_step(model, ids).observed is None
+
+
+def test_looking_takes_the_memory_of_few_layers() -> None:
+    """Before a plan for a small budget everything is on the device."""
+    layers = 12
+    model = model_of("llama", ALL, layers)
+    backbone = model.get_base_model().model
+    mlps = [layer.mlp for layer in backbone.layers]
+    with Alive() as alive:
+        found = observe(backbone, backbone.layers, mlps, 64, lambda tensor: False)
+    assert found is not None
+    assert 0 < alive.peak < 4 * 128 * found.saved < layers * 128 * found.saved / 2

@@ -5,15 +5,12 @@ Triton's kernels are not run, so results are anything; what is allocated, held a
 
 import dataclasses
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from helpers import Alive
 from lora_models import in_4bit, lora
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sloth_plugins as sloth
@@ -33,38 +30,6 @@ OPTION = {
     "p": "recompute_mlp_offload",
     "o": "offload",
 }
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes of storages, made inside, that were alive at once; aside: those made now don't count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self.aside = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)
-        }
-        result = function(*args, **(kwargs or {}))
-        self.storages = {key: own for key, own in self.storages.items() if not own[0].expired()}
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if torch.is_tensor(tensor) and (key := tensor.untyped_storage()._cdata) not in given:
-                storage = tensor.untyped_storage()
-                self.storages.setdefault(key, (StorageWeakRef(storage), storage.nbytes() * (not self.aside)))
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
-
-    @contextmanager
-    def put_aside(self) -> Iterator[None]:
-        """What is made inside lies in host memory."""
-        self.aside = True
-        try:
-            yield
-        finally:
-            self.aside = False
 
 
 @pytest.fixture
