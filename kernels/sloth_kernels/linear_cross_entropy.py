@@ -716,7 +716,7 @@ def _columns_pass(
     rows: _Rows,
     scratch: torch.Tensor,
 ) -> None:
-    """`_rows_pass` of transposed logits, whose gradients take their place; no entropy and top1 to fill.
+    """`_rows_pass` of transposed logits, whose gradients take their place; fills no entropy and top1.
 
     pieces: two, (n, tokens) and (V - n, tokens), of the same strides, tokens adjoining, and finite numbers of
     nobody's behind them, up to the stride. scratch: float32, COLUMN_SUMS numbers for each token at least, of
@@ -734,7 +734,6 @@ def _columns_pass(
     tiles = _ceil(tokens, COLUMN_TILE[1])
     with torch.cuda.device_of(near):
         if rows.loss is not None:
-            assert rows.entropy is None and rows.top1 is None
             most = min(
                 _ceil(COLUMN_PROGRAMS * max(1, _processors(near.device)), tiles),
                 scratch.numel() // (3 * tokens) - 2,
@@ -1252,6 +1251,11 @@ def _first_sum(
 ) -> None:
     """Losses of those tokens, their part of dh, and dW of them alone: logits are in dW's memory."""
     (tokens, k), v = hidden.shape, dense.shape[0]
+    if rows.loss is None:
+        # The forward's logits were another matmul's, and may be rounded otherwise: with their log-sum-exp these
+        # would make probabilities whose sum is not 1. So these get their own.
+        loss, lse = torch.empty((2, tokens), dtype=torch.float32, device=hidden.device)
+        rows = dataclasses.replace(rows, loss=loss, lse=lse)
     memory = dw.view(-1)
     inside, outside = memory[lent.offset :], space
     pieces = [

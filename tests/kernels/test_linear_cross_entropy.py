@@ -476,23 +476,23 @@ def test_the_weight_gradient_of_many_chunks(tokens, device, monkeypatch):
     assert choices[-1] == (512, again, tokens == 4096)
 
 
-# Tokens beside 24 features and 203 ids; elements of the buffer, rows of the free front; chunks after the
-# first sum, and how many of them are computed again.
+# Tokens, features beside 203 ids; elements of the buffer, rows of the free front; chunks after the first sum,
+# and how many of them are computed again.
 LENT = [
-    pytest.param((1,), 3000, 20, 0, 0, id="one"),
-    pytest.param((2, 11), 4000, 20, 0, 0, id="fewer than features"),
-    pytest.param((24,), 4000, 20, 0, 0, id="as many"),
-    pytest.param((61,), 11500, 52, 0, 0, id="more"),
-    pytest.param((5, 13), 8000, 40, 1, 0, id="a chunk"),
-    pytest.param((83,), 7600, 40, 2, 1, id="again"),
+    pytest.param((1,), 24, 3000, 20, 0, 0, id="one"),
+    pytest.param((2, 31), 72, 9000, 20, 0, 0, id="fewer than features"),
+    pytest.param((72,), 72, 9000, 20, 0, 0, id="as many"),
+    pytest.param((61,), 24, 11500, 52, 0, 0, id="more"),
+    pytest.param((5, 13), 24, 8000, 40, 1, 0, id="a chunk"),
+    pytest.param((83,), 24, 7600, 40, 2, 1, id="again"),
 ]
 
 
 @pytest.mark.parametrize("what", ["mean", "sum", "none", "log_probs"])
-@pytest.mark.parametrize(("rows", "elements", "front", "chunks", "again"), LENT)
+@pytest.mark.parametrize(("rows", "h", "elements", "front", "chunks", "again"), LENT)
 @pytest.mark.parametrize(("fused", "dtype"), [w for w in WAYS if w.values[1] != torch.float32])
 def test_logits_in_the_memory_of_the_weight_gradient(
-    fused, dtype, rows, elements, front, chunks, again, what, device, lend, monkeypatch
+    fused, dtype, rows, h, elements, front, chunks, again, what, device, lend, monkeypatch
 ):
     """Other numbers in each run, every gradient. Float16 of a mean or sum adds up in float32."""
     chosen = lend(elements, front)
@@ -500,7 +500,7 @@ def test_logits_in_the_memory_of_the_weight_gradient(
         monkeypatch.setattr(op, "MOST_ROUNDINGS", 1.5)
         monkeypatch.setattr(op, "MOST_AGAIN", 0.45)
     seed = secrets.randbelow(2**31)
-    inputs = tensors(device, dtype, rows=rows, ignored=0.2, seed=seed, bias=False)
+    inputs = tensors(device, dtype, rows=rows, h=h, ignored=0.2, seed=seed, bias=False)
     inputs["labels"].view(-1)[0] = 202
     one = [torch.ones((), device=device)]
     try:
@@ -512,7 +512,7 @@ def test_logits_in_the_memory_of_the_weight_gradient(
             options = dict(reduction=what, num_items=7 if what == "sum" else None)
             check_loss(inputs, fused, one, **options)
             options = dict(reduction=what, label_smoothing=0.1, z_loss=1e-2)
-            if inputs["labels"].numel() > 22:  # of few tokens' roundings luck makes more than a factor of 1.5
+            if inputs["labels"].numel() > 1:  # of one token's roundings luck makes more than a factor of 1.5
                 options |= dict(softcap=4.0, scale=1.5)
             check_loss(inputs, fused, one, **options)
     except AssertionError as error:
@@ -526,10 +526,12 @@ def test_logits_in_the_memory_of_the_weight_gradient(
     assert chosen
 
 
+@pytest.mark.parametrize("losses", [True, False], ids=["losses", "gradients alone"])
 @pytest.mark.parametrize("name", ["plain", "smoothing", "softcap", "scale", "z_loss", "together"])
 @pytest.mark.parametrize(("fused", "dtype"), WAYS)
-def test_the_first_sum(fused, dtype, name, device, lend):
-    """Losses and gradients of logits that lie in two places, by the kernels, as the interpreter runs them."""
+def test_the_first_sum(fused, dtype, name, losses, device, lend):
+    """Losses and gradients of logits that lie in two places, by the kernels, as the interpreter runs them.
+    Gradients alone don't go by the log-sum-exp of a forward whose matmul may have rounded otherwise."""
     options = LOSSES[name]
     lend(0)
     inputs = tensors(device, dtype, rows=(45,), v=301, h=24, bias=False)
@@ -544,14 +546,16 @@ def test_the_first_sum(fused, dtype, name, device, lend):
         hidden, weight = leaves["hidden"].detach(), leaves["weight"].detach()
         head = op._head(hidden, fused=fused, **given)
         new = dict(device=device, dtype=torch.float32)
-        rows = op._Rows(loss=torch.full((45,), torch.nan, **new), lse=torch.full((45,), torch.nan, **new))
+        loss = torch.full((45,), torch.nan, **new)
+        rows = op._Rows(loss=loss if losses else None, lse=torch.full((45,), torch.nan, **new))
         rows.grad = torch.ones((), **new)
         dh, dw = torch.empty_like(hidden), torch.empty_like(weight)
         for x in (dh, dw):
             x.fill_(torch.nan)
         space = torch.full(((301 - lent.split) * lent.stride,), torch.nan, device=device, dtype=dtype)
         op._first_sum(head, hidden, weight, leaves["labels"], rows, lent, space, dh, dw)
-        return Known.apply(rows.loss.sum(), dh, dw, leaves["hidden"], leaves["weight"])
+        value = rows.loss.sum() if losses else reference(**leaves).detach()
+        return Known.apply(value, dh, dw, leaves["hidden"], leaves["weight"])
 
     reference = run(linear_cross_entropy_reference, **{**options, "reduction": "sum"})
     upstream = [torch.ones((), device=device)]
