@@ -1252,7 +1252,7 @@ def _first_sum(
     """Losses of those tokens, their part of dh, and dW of them alone: logits are in dW's memory."""
     (tokens, k), v = hidden.shape, dense.shape[0]
     if rows.loss is None:
-        # The forward's logits were another matmul's, and may be rounded otherwise: with their log-sum-exp these
+        # The forward's logits were another matmul's, maybe rounded otherwise: with their log-sum-exp these
         # would make probabilities whose sum is not 1. So these get their own.
         loss, lse = torch.empty((2, tokens), dtype=torch.float32, device=hidden.device)
         rows = dataclasses.replace(rows, loss=loss, lse=lse)
