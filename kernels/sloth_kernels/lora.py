@@ -958,9 +958,9 @@ class _LoraMLPAgain(torch.autograd.Function):
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
             return x.new_zeros(*x.shape[:-1], last.n)
         several = len(parts) > 1
-        of_first, of_last = (
-            (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else (None, None)
-        )
+        # In one piece each group expands its own weights, which go when its matmul is launched.
+        of_first = _buffers(first, rows, ours) if several else None
+        of_last = _buffers(last, rows, theirs) if several else None
         made, low = [], []
         seeds = []
         for part in parts:

@@ -16,7 +16,8 @@ input embeddings may be in host memory, from where a step reads its tokens' rows
 start. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
 
 Layers are alike, so a plan is how many layers take which option, and where. The search leaves out counts of
-which a bound says that they are slower or do not fit, so that no others are faster under this model. Where:
+which a bound says that they are slower or do not fit, so that no others are faster under this model, unless
+more than MOST_FOLLOWED are left. Where:
 the last layer keeps its tensors if any does, because they are freed first; those of which more than the input
 is offloaded lie evenly among the others, so that each copy has several layers' time; recomputed ones come
 first.
@@ -24,8 +25,10 @@ first.
 The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
 bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
 time is added, and so is what the first copy back takes longer than the backward of the layer behind it, with
-which it starts. Where the host takes longer to launch a pass than the device to run it (many tiles, a slow
-processor), that is added instead if it is more. The model of memory goes through the step layer by layer:
+which it starts. That is a bound, by which plans are put in order; layers and copies of those that may be the
+fastest are then followed one by one (`streams`), and the longer of both times counts. Where the host takes
+longer to launch a pass than the device to run it (many tiles, a slow processor), that is added instead if it
+is more. The model of memory goes through the step layer by layer:
 what is kept until then, the layer's own tensors and its work space, copies under way to and from the host,
 gradients that are there already.
 """
@@ -418,6 +421,7 @@ def plan(
     best: CheckpointPlan | None = None
     for search, names in searches:
         best = search.fastest(budget_bytes, names, best, rough) or best
+    best = best or rough  # of more plans than are followed, none that is as fast may have been among these
     if best is not None:
         return _with_expanded(best, expanded)
     smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings)
@@ -698,7 +702,7 @@ class _Search:
         self.to_host, self.from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
         self.read_s = facts.embedding_read_bytes(shape) / self.from_host if self.moved else 0.0
         self.followed = 0
-        """How many plans' copies have been followed one by one."""
+        """How many plans' copies the search at hand has followed one by one."""
 
     def again_s(self, mlps: Any, wholes: Any) -> Any:
         """Seconds of what is made again."""
@@ -837,6 +841,7 @@ class _Search:
         where none is faster than `before` and as fast as `known`. few: of some counts."""
         import torch
 
+        self.followed = 0
         memory, n, inf = self.memory, self.layers, float("inf")
         slowest = min(
             inf if before is None else round(before.recompute_s + before.stall_s, 12),
@@ -867,7 +872,11 @@ class _Search:
         order = order[columns[4][order].argsort(stable=True)]
         mlps, wholes, offloaded, must, seconds, work = (x[order] for x in columns)
         best, found, start, size = (slowest, -inf), None, 0, 16
-        while start < len(order) and (float(seconds[start]), float(work[start])) < best:
+        while (
+            start < len(order)
+            and self.followed < MOST_FOLLOWED
+            and (float(seconds[start]), float(work[start])) < best
+        ):
             part = slice(start, start + size)
             start, size = start + size, min(4 * size, 1024)
             counts = self._with_parts_away(allow, mlps[part], wholes[part], offloaded[part], must[part])

@@ -468,6 +468,19 @@ def test_weights_stay_expanded_where_all_else_is_kept() -> None:
         CheckpointPlan.from_dict({**made.to_dict(), "expanded": 33})
 
 
+def test_there_is_a_plan_where_more_may_be_the_fastest_than_are_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    for gib in (6, 7, 12):
+        monkeypatch.setattr(planner, "MOST_FOLLOWED", 4096)
+        best = plan(facts, shape, gib * 2**30, H200)
+        monkeypatch.setattr(planner, "MOST_FOLLOWED", 1)
+        made = plan(facts, shape, gib * 2**30, H200)
+        assert made.peak_bytes + made.margin_bytes <= gib * 2**30
+        assert best.step_s <= made.step_s < 1.05 * best.step_s
+
+
 def test_126_layers_in_a_second() -> None:
     facts = ModelFacts(
         layers=126, hidden=16384, heads=128, kv_heads=8, head_dim=128, intermediate=53248,
