@@ -718,7 +718,15 @@ def _show_memory_plan(console: Console, plan: CheckpointPlan) -> None:
     if plan.mlp_tiles > 1:
         _line(console, f"MLPs run in {plan.mlp_tiles} tiles of {plan.tile_tokens} tokens")
     if plan.embeddings_on_host:
-        _line(console, f"the input embeddings are read from host memory ({plan.moved_bytes / 2**30:.2f} GiB)")
+        moved = plan.facts.movable_bytes / 2**30
+        _line(console, f"the input embeddings are read from host memory ({moved:.2f} GiB)")
+    if plan.weights_on_host:
+        moved = plan.weights_on_host * plan.facts.layer_movable_bytes / 2**30
+        _line(
+            console,
+            f"4-bit weights of {plan.weights_on_host} layers wait in host memory ({moved:.2f} GiB) and come "
+            "ahead of their use",
+        )
     sizes = [(name, f"{size / 2**30:.2f}") for name, size in plan.memory().items()]
     _table(
         console,

@@ -760,6 +760,8 @@ def _linear_forwards(
             result = fused(index, self, args[0])
             return original(self, args[0]) if result is None else result
 
+        if kernel.name.startswith("sloth."):
+            vars(forward)["expands"] = ("",)
         return named_like(forward, module)
 
     return [forward_of(index, module) for index, module in enumerate(modules)]
@@ -831,6 +833,8 @@ def _mlp_forward(
         return fused(self, x, tile=tile, **(repeat.options(self) if repeats else {}))
 
     vars(forward)["again"] = again if tiled else None
+    if kernel.name.startswith("sloth."):
+        vars(forward)["expands"] = names
     return named_like(forward, module)
 
 

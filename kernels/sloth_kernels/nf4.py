@@ -21,9 +21,10 @@ the matmuls of `lora` want them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -58,6 +59,20 @@ class FourBit:
     def device(self) -> torch.device:
         """Where the bytes are."""
         return self.packed.device
+
+
+class Source(Protocol):
+    """Where the packed bytes of a weight are read from, in the place of its own memory."""
+
+    def packed(self) -> torch.Tensor:
+        """The bytes (uint8), where they may be read by what the current stream is given next."""
+
+    def read(self) -> None:
+        """To be called once that has been launched."""
+
+
+SOURCES: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionary()
+"""By the address of a weight's own memory, which is slow to read: the host's."""
 
 
 def refuse(weight: FourBit) -> str | None:
@@ -346,7 +361,9 @@ def expand_4bit(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
     n, k = out.shape
     inner = state.state2
     nested = (state.absmax,) * 3 if inner is None else (inner.absmax, inner.code, state.offset)
-    tensors = weight.packed.view(torch.uint8), state.absmax, state.code, *nested, out
+    source = SOURCES.get(weight.packed.data_ptr()) if SOURCES else None
+    packed = weight.packed.view(torch.uint8) if source is None else source.packed()
+    tensors = packed, state.absmax, state.code, *nested, out
     shared = dict(
         BLOCKSIZE2=1 if inner is None else inner.blocksize,
         NESTED=inner is not None,
@@ -378,6 +395,8 @@ def expand_4bit(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
             BLOCK=WORDS,
             **shared,
         )
+    if source is not None:
+        source.read()
     return out
 
 
@@ -462,28 +481,39 @@ class Extension:
             return False
         stored: list[torch.Tensor] = []
         for part in self.parts:
-            packed, state = part.weight.packed, part.weight.state
+            state = part.weight.state
             inner = state.state2
             if inner is None:
-                stored += (packed, state.absmax, state.code)
+                stored += (state.absmax, state.code)
             else:
-                stored += (packed, state.absmax, state.code, inner.absmax, inner.code, state.offset)
+                stored += (state.absmax, state.code, inner.absmax, inner.code, state.offset)
         low = [t for pair in factors for t in pair if t is not None]
         with _PLAINLY():  # bitsandbytes' Params4bit looks at each call otherwise
-            key = (int(weights), *map(_POINTER, stored), *map(_POINTER, low))
+            packed = [_POINTER(part.weight.packed) for part in self.parts]
+            sources: list[Source] = []
+            if SOURCES and weights:
+                found = [SOURCES.get(address) for address in packed]
+                sources = [source for source in found if source is not None]
+                packed = [
+                    address if source is None else source.packed().data_ptr()
+                    for address, source in zip(packed, found, strict=True)
+                ]
+            key = (int(weights), *packed, *map(_POINTER, stored), *map(_POINTER, low))
         known = self.tables.get(key)
         if known is None:
             if key in self.tables:
                 return False
             if len(self.tables) >= _MOST_TABLES:
                 self.tables.clear()
-            known = self.tables[key] = self._table(factors, out, weights)
+            known = self.tables[key] = self._table(factors, out, weights, packed)
             if known is None:
                 return False
         table, programs, n = known
         factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
         if programs:
             launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
+        for source in sources:
+            source.read()
         return True
 
     def _table(
@@ -491,15 +521,19 @@ class Extension:
         factors: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
         out: torch.Tensor,
         weights: bool,
+        packed: Sequence[int],
     ) -> tuple[torch.Tensor, int, int] | None:
-        """(the table, (parts, fields) int64; programs; rows of weights), or None where `fill` can't."""
+        """(the table, (parts, fields) int64; programs; rows of weights), or None where `fill` can't.
+
+        packed: the address of each part's bytes.
+        """
         low = [t for pair in factors for t in pair if t is not None]
         unlike = len({t.dtype for t in low}) > 1 or any(t.stride(1) != 1 for t in low)
         if unlike or out.stride(0) % 8 or out.data_ptr() % 16:
             return None
         rows: list[list[int]] = []
         programs = start = 0
-        for (weight, column, padded), (a, b) in zip(self.parts, factors, strict=True):
+        for (weight, column, padded), (a, b), address in zip(self.parts, factors, packed, strict=True):
             n, k = weight.shape
             state, outer = weight.state, weight.state.state2
             expand_from = programs
@@ -507,8 +541,8 @@ class Extension:
             a_from = b_from + -(-n * self.columns // PACK_BLOCK)
             programs = a_from + -(-padded * k // PACK_BLOCK)
             nested = (0, 0, 0) if outer is None else (outer.absmax, outer.code, state.offset)
-            pointers = (weight.packed, state.absmax, state.code, *nested, a, b)
-            addresses = [t.data_ptr() if isinstance(t, torch.Tensor) else 0 for t in pointers]
+            pointers = (state.absmax, state.code, *nested, a, b)
+            addresses = [address, *(t.data_ptr() if isinstance(t, torch.Tensor) else 0 for t in pointers)]
             of_low = (0, 0, 0) if a is None or b is None else (a.shape[0], a.stride(0), b.stride(0))
             rows.append([expand_from, b_from, a_from, *addresses, start, n, column])
             rows[-1] += [of_low[0], padded, *of_low[1:]]
@@ -524,6 +558,10 @@ def expand_4bit_reference(weight: FourBit) -> torch.Tensor:
     """The weight (N, K) as bitsandbytes expands it, in the dtype that it had before quantization."""
     import bitsandbytes.functional as bnb
 
-    packed = weight.packed.reshape(-1, 1)  # not (1, n), which bitsandbytes takes for a transposed weight
+    source = SOURCES.get(weight.packed.data_ptr()) if SOURCES else None
+    stored = weight.packed if source is None else source.packed()
+    packed = stored.reshape(-1, 1)  # not (1, n), which bitsandbytes takes for a transposed weight
     result: torch.Tensor = bnb.dequantize_4bit(packed, weight.state)
+    if source is not None:
+        source.read()
     return result

@@ -9,6 +9,7 @@ keeps everything. Undoing gives each layer its own flags back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import threading
@@ -52,6 +53,7 @@ from sloth_plugins.checkpointing.repeat import (
     put_back,
     tensors,
 )
+from sloth_plugins.checkpointing.weights import StreamedWeights, movable_weights
 from sloth_plugins.settings import Settings
 from sloth_plugins.specs import BadInputError
 
@@ -61,7 +63,7 @@ LEAST_BYTES = 2**20
 OF_FREE = 0.85
 # What a plan that keeps all chooses from. Nobody has asked for it, so half of what it leaves stays free.
 KEEP_ALL: dict[str, Any] = {
-    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "embeddings": (False,)},
+    **{"allow": ("keep",), "tiles": (1,), "norms": (False,), "embeddings": (False,), "weights": (False,)},
     "expanded": 0.5,
 }
 # Options under which a plan may leave out norms' outputs; the others make them again anyway.
@@ -96,8 +98,8 @@ def install(model: nn.Module, chosen: CheckpointPlan) -> Callable[[], None]:
     """Carry `chosen` out on `model`; gives the function that undoes it."""
     running = Running(model)
     running.use(chosen)
-    if running.embeddings_stay:
-        warnings.warn(f"sloth: {running.embeddings_stay}, for more memory than planned", stacklevel=3)
+    for stay in filter(None, (running.embeddings_stay, running.weights_stay)):
+        warnings.warn(f"sloth: {stay}, for more memory than planned", stacklevel=3)
     return before_training_forwards(model, running, lambda args, kwargs: running.begin())
 
 
@@ -155,22 +157,36 @@ def facts_of(model: nn.Module, ops: Collection[str]) -> ModelFacts:
     facts = ModelFacts.from_model(
         model, fused=fused, whole_mlp="lora_mlp" in ops, fused_head="linear_cross_entropy" in ops
     )
-    ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in decoder_layers(model)]
-    return facts.replace(ends_with_mlp=all(getattr(end, "ends_with_mlp", False) for end in ends))
+    layers = decoder_layers(model)
+    ends = [getattr(vars(layer).get("forward"), "__func__", None) for layer in layers]
+    return facts.replace(
+        ends_with_mlp=all(getattr(end, "ends_with_mlp", False) for end in ends),
+        packed_bytes=packed_bytes(model, layers),
+    )
+
+
+def packed_bytes(model: nn.Module, layers: list[Any]) -> int:
+    """Bytes of 4-bit weights of each layer that the device need not hold, wherever they are now."""
+    found = movable_weights(model, layers)
+    return min((sum(w.numel() * w.element_size() for w in weights) for weights in found), default=0)
 
 
 def before_training_forwards(
     model: nn.Module, running: Running, action: Callable[[Any, dict[str, Any]], Any]
 ) -> Callable[[], None]:
-    """Call `action(args, kwargs)` before every training forward; gives the function that ends `running`."""
+    """Call `action(args, kwargs)` before every training forward, and have `running` ready for others; gives
+    the function that ends `running`."""
     target = watched(model)
     alive = weakref.ref(target)
 
     # A plain function, which a copy of the model shares: the copy's layers are not ours.
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        ours = module is alive() and module.training and torch.is_grad_enabled()
-        if ours and not torch.compiler.is_compiling():
+        if module is not alive() or torch.compiler.is_compiling():
+            return
+        if module.training and torch.is_grad_enabled():
             action(args, kwargs)
+        else:
+            running.aside(shape_of(args, kwargs))
 
     handle = target.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -179,6 +195,15 @@ def before_training_forwards(
         running.stop()
 
     return undo
+
+
+def shape_of(args: Any, kwargs: dict[str, Any]) -> Shape | None:
+    """The batch that a backbone is called with; None where there is none to be seen."""
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds", args[0] if args else None) if given is None else given
+    if not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
+        return None
+    return Shape(batch=int(given.shape[0]), seq=int(given.shape[1]))
 
 
 class Running:
@@ -197,6 +222,13 @@ class Running:
         self._embedding: HostWeight | None = None
         self.embeddings_stay = ""
         """Why the input embeddings are on the device although the plan wants them elsewhere."""
+        self._weights: StreamedWeights | None = None
+        self._streamed: tuple[bool, ...] = ()
+        self.weights_stay = ""
+        """Likewise of the layers' 4-bit weights."""
+        self._chosen: CheckpointPlan | None = None
+        self._aside = False
+        """Whether it was seen to since the last training forward that short forwards find the weights."""
 
     @property
     def movable_bytes(self) -> int:
@@ -205,6 +237,12 @@ class Running:
         if weight is None and (model := self._model()) is not None:
             weight = movable_embedding(model)
         return 0 if weight is None else weight.numel() * weight.element_size()
+
+    @property
+    def packed_bytes(self) -> int:
+        """See the function."""
+        model = self._model()
+        return 0 if model is None else packed_bytes(model, self.layers)
 
     @property
     def layers(self) -> list[Any]:
@@ -220,7 +258,10 @@ class Running:
             )
         self._notice()
         self._wanted = []
+        self._chosen = chosen
         self._place_embeddings(chosen.embeddings_on_host)
+        self._place_weights(chosen.streamed)
+        self._offload.streamed = chosen.streamed if self._weights is not None else ()
         self._expand(chosen.expanded)
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
         last, in_flight = chosen.last_offloaded, chosen.in_flight
@@ -233,7 +274,7 @@ class Running:
             left, starts = in_flight[index], last is not None and index == last + 1
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts)
+            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts, index)
             waits = starts or left < most
             most = min(most, left) + ("offload" in option)
             on = option != "keep" or waits or mlp is not None or norms is not None
@@ -260,6 +301,48 @@ class Running:
         if self._embedding is None:
             self.embeddings_stay = f"the input embeddings stay on the device: {why}"
 
+    def _place_weights(self, streamed: tuple[bool, ...]) -> None:
+        """Have the packed weights of these layers in host memory, and all others on the device."""
+        self.weights_stay = ""
+        if self._weights is not None:
+            self._weights.send()
+            if streamed == self._streamed and self._weights.away:
+                return
+            self._weights.restore()
+            self._weights = None
+        model = self._model()
+        if True not in streamed or model is None:
+            return
+        found = [weights for weights, comes in zip(movable_weights(model, self.layers), streamed, strict=False) if comes]
+        why = "they are not 4-bit ones that the kernels expand, or shared, or not on one GPU"
+        try:
+            if found and all(found):
+                at = [index for index, comes in enumerate(streamed) if comes]
+                self._weights = StreamedWeights(found, lambda number: self._offload.advance(at[number]))
+                self._streamed = streamed
+        except StaysError as error:
+            why = str(error)
+        if self._weights is None:
+            self.weights_stay = f"the layers' weights stay on the device: {why}"
+
+    def aside(self, shape: Shape | None) -> None:
+        """At the begin of a forward that is none of training: many short ones, as of a generation, want all
+        weights on the device; they come if there is room, until the next training forward."""
+        weights, chosen = self._weights, self._chosen
+        if weights is None or chosen is None or shape is None or self._aside:
+            return
+        a_token = chosen.costs().forward_s * len(chosen.layers) / chosen.shape.tokens
+        if shape.tokens * a_token >= weights.nbytes / (chosen.rates.from_host_gb_s * 1e9):
+            return  # they come while it runs
+        self._aside = True
+        here = allocated_bytes(weights.device) or 0
+        if here + weights.nbytes > chosen.budget_bytes or not weights.bring():
+            warnings.warn(
+                f"sloth: {gib(weights.nbytes)} of 4-bit weights are in host memory, and there is no room for "
+                "them on the device: short forwards, as of a generation, are slow",
+                stacklevel=4,
+            )
+
     def _expand(self, count: int) -> None:
         """Let the modules of the first `count` layers keep their 4-bit weights expanded, and no others."""
         for index, layer in enumerate(self.layers):
@@ -276,6 +359,9 @@ class Running:
     def begin(self) -> bool:
         """At the begin of a training forward; whether somebody else's flags were in the way."""
         self._offload.drain()
+        if self._weights is not None and self._aside:
+            self._weights.send()
+        self._aside = False
         changed = any(
             layer.__dict__.get(name) is not flags[name]
             for layer, flags in zip(self.layers, self._wanted, strict=False)
@@ -297,6 +383,7 @@ class Running:
         """Give each layer the flags back that it had."""
         self._offload.drain()
         self._place_embeddings(False)
+        self._place_weights(())
         self._expand(0)
         for ref, before, ours in zip(self._layers, self._before, self._wanted, strict=False):
             layer = ref()
@@ -330,7 +417,9 @@ class _Ours:
         norms: _Norms | None = None,
         in_flight: int = 0,
         starts: bool = False,
+        index: int = 0,
     ) -> None:
+        self.index = index
         self.option, self.offload, self.layer, self.mlp = option, offload, layer, mlp
         self.tile, self.norms, self.in_flight, self.starts = tile, norms, in_flight, starts
 
@@ -365,7 +454,7 @@ class _Ours:
             run = Repeated(run)
         if option == "recompute":
             return checkpoint(run, *args, use_reentrant=False)
-        with self.offload.layer(layer, getattr(function, "keywords", {})):
+        with self.offload.layer(layer, getattr(function, "keywords", {}), self.index):
             if option in ("offload", "recompute_mlp_offload"):
                 with norms_noted(self.norms is not None):
                     return run(*args)
@@ -546,6 +635,8 @@ class _Entry:
         self.device = source.device
         self.users = self.left = 0
         self.back: torch.Tensor | None = None
+        self.missing = 0
+        """Bytes of `back` whose copy has not been launched."""
         self.arrived: Any = None
         self.stream: Any = None
         """Where `back` was allocated, and will be freed."""
@@ -558,7 +649,7 @@ class _Entry:
 
     def take(self) -> torch.Tensor:
         """The bytes on the device; with the last of its users they are dropped here."""
-        assert self.back is not None
+        assert self.back is not None and not self.missing
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
         found = self.back
@@ -577,7 +668,9 @@ class _Entry:
 class _Block:
     """What one layer of one forward has offloaded. Lives as long as autograd wants any of it."""
 
-    def __init__(self, before: _Block | None) -> None:
+    def __init__(self, before: _Block | None, index: int) -> None:
+        self.index = index
+        """The layer's, from 0."""
         self.entries: dict[tuple[int, int, int], _Entry] = {}
         self.before = None if before is None else weakref.ref(before)
         self.copied: Any = None
@@ -607,10 +700,18 @@ class _Offload:
     """Moves what layers save to pinned host memory and back, on a stream of its own.
 
     On their way back are those of the layer that is wanted and of the one before. On a CPU copies are plain.
+
+    A device takes what comes from the host in the order in which it was launched and may begin, whatever the
+    stream. So that weights that come as well (`weights`) are not late, what has several layers' time is
+    launched in as many portions.
     """
 
     def __init__(self, norms: _Norms) -> None:
         self._norms = norms
+        self.streamed: tuple[bool, ...] = ()
+        """Whether each layer's weights come from the host."""
+        self._queue: deque[_Entry] = deque()
+        self._portion = self._behind = 0
         self._leaving: deque[_Block] = deque()
         self._last: weakref.ref[_Block] | None = None
         self._sides: dict[torch.device, _Side] = {}
@@ -619,6 +720,7 @@ class _Offload:
     def drain(self, left: int = 0) -> None:
         """Free the device of what leaves it, waiting for the copies, but for those of the last `left`
         layers."""
+        self._queue.clear()  # of a backward that has ended, or never will
         while len(self._leaving) > left:
             self._leaving.popleft().release()
 
@@ -637,21 +739,62 @@ class _Offload:
     def _fetch(self, entries: Iterable[_Entry]) -> None:
         """Start the way back of those that aren't back or on their way, in this order: what was saved last is
         wanted first."""
-        missing = [entry for entry in entries if entry.back is None]
+        entries = list(entries)
+        self._place(entries)
+        self._come(entries)
+
+    def _place(self, entries: Iterable[_Entry]) -> None:
+        """Give places on the device to those that have none."""
+        for entry in entries:
+            if entry.back is None:
+                side = self._side(entry.device)
+                entry.back = torch.empty(entry.host.numel(), dtype=torch.uint8, device=entry.device)
+                entry.missing = entry.host.numel()
+                entry.stream = None if side is None else side.current
+
+    def _come(self, entries: Iterable[_Entry], most: int | None = None) -> None:
+        """Launch the copies of what is missing of these, or of `most` bytes of that."""
+        missing = [entry for entry in entries if entry.missing]
         for device in dict.fromkeys(entry.device for entry in missing):
-            side, own = self._side(device), [entry for entry in missing if entry.device == device]
-            if side is None:
-                for entry in own:
-                    entry.back = entry.host.clone()
-                continue
-            for entry in own:
-                entry.back = torch.empty(entry.host.numel(), dtype=torch.uint8, device=device)
-                entry.stream = side.current
-            with side.after_current():
-                for entry in own:
-                    assert entry.back is not None
-                    entry.back.copy_(entry.host, non_blocking=True)
-                    entry.arrived = side.stream.record_event()
+            side = self._side(device)
+            with contextlib.nullcontext() if side is None else side.after_current():
+                for entry in missing:
+                    if entry.device != device or most == 0:
+                        continue
+                    most = self._copy(entry, side, most)
+
+    @staticmethod
+    def _copy(entry: _Entry, side: _Side | None, most: int | None) -> int | None:
+        """What is missing of one, or `most` bytes of that; what is left of `most`."""
+        assert entry.back is not None
+        begin = entry.host.numel() - entry.missing
+        size = entry.missing if most is None else min(most, entry.missing)
+        part = slice(begin, begin + size)
+        entry.back[part].copy_(entry.host[part], non_blocking=side is not None)
+        entry.missing -= size
+        if side is not None:
+            entry.arrived = side.stream.record_event()
+        return None if most is None else most - size
+
+    def advance(self, index: int) -> None:
+        """At the backward of a layer whose weights come from the host: launch another portion."""
+        if self._queue and index < self._behind:
+            self._come(self._queue, self._portion)
+            while self._queue and not self._queue[0].missing:
+                self._queue.popleft()
+
+    def _prepare(self, block: _Block, behind: _Block) -> None:
+        """Start the way back of all that `block` has, while the layers from `behind` on down to it run."""
+        self._come(self._queue)
+        self._queue.clear()
+        entries = [*reversed(block.entries.values())]
+        self._place(entries)
+        between = 1 + sum(self.streamed[block.index + 1 : behind.index])
+        self._portion = -(-sum(entry.missing for entry in entries) // between)
+        self._queue.extend(entries)
+        self._behind = behind.index + 1
+        self.advance(behind.index)
+        self._behind = behind.index
 
     def _weights(self, layer: nn.Module) -> Iterator[torch.Tensor]:
         """The layer's parameters. Its modules are looked for once, since that takes longer than all else
@@ -662,13 +805,13 @@ class _Offload:
         return (p for parameters in held for p in parameters.values() if p is not None)
 
     @contextmanager
-    def layer(self, layer: nn.Module, keywords: dict[str, Any]) -> Iterator[None]:
+    def layer(self, layer: nn.Module, keywords: dict[str, Any], index: int = 0) -> Iterator[None]:
         """What is saved inside goes to the host, but for weights, and for the layer's keyword arguments,
-        which other layers share."""
+        which other layers share. index: the layer's, from 0."""
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights look at each call otherwise
             stays = {t.untyped_storage().data_ptr() for t in self._weights(layer)}
             stays |= {t.untyped_storage().data_ptr() for t in tensors(keywords)}
-        block = _Block(self._last() if self._last is not None else None)
+        block = _Block(self._last() if self._last is not None else None, index)
         device: list[torch.device] = []
 
         # None of these calls itself: in such a cycle host memory would wait for Python's collector.
@@ -704,7 +847,9 @@ class _Offload:
             if not block.wanted:  # its first tensor: all of it comes now, and the block before it next
                 earlier = None if block.before is None else block.before()
                 block.wanted = True
-                self._fetch(entry for b in (block, earlier) if b for entry in reversed(b.entries.values()))
+                self._fetch(reversed(block.entries.values()))
+                if earlier is not None:
+                    self._prepare(earlier, block)
             self._fetch((entry,))
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()
@@ -829,6 +974,7 @@ class Automatic:
         both = {"rms_norm", "add_rms_norm"} <= self.ops
         self.norms: tuple[bool, ...] = (False, True) if both else (False,)
         self.embeddings: tuple[bool, ...] = (False, True)
+        self.weights: tuple[bool, ...] = (False, True)
         if len(self.running.layers) != self.facts.layers:
             raise BadInputError(
                 f"checkpointing: {type(model).__name__} has not the layers that its config says"
@@ -837,7 +983,7 @@ class Automatic:
         if self.given is None:
             refuse_sharded(model)
             self.budget = usable_bytes(self.device) or 0
-        elif (least := fixed_bytes(self.facts, embeddings_on_host=True)) >= self.budget:
+        elif (least := fixed_bytes(self.facts, True, self.facts.layers)) >= self.budget:
             raise BudgetError(
                 f"memory_budget_bytes={gib(self.budget)}: weights and the optimizer's state alone take "
                 f"{gib(least)}"
@@ -864,7 +1010,7 @@ class Automatic:
         """What the planner may choose from."""
         return {
             **{"allow": self.allow, "tiles": self.tiles},
-            **{"norms": self.norms, "embeddings": self.embeddings},
+            **{"norms": self.norms, "embeddings": self.embeddings, "weights": self.weights},
         }
 
     @property
@@ -946,11 +1092,9 @@ class Automatic:
             self.record["reason"] += "; the trainer's own gradient checkpointing gives way to the plan"
 
     def _before_forward(self, args: Any, kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds", args[0] if args else None) if given is None else given
-        if self.left or not isinstance(given, torch.Tensor) or given.dim() < 2 or not given.numel():
+        shape = shape_of(args, kwargs)
+        if self.left or shape is None:
             return
-        shape = Shape(batch=int(given.shape[0]), seq=int(given.shape[1]))
         trained = self.trained()
         if not self.facts.accumulates and trained is not None and trained.grad is not None:
             # Micro-batches, or gradients that are zeroed in place: they are there beside all activations.
@@ -982,7 +1126,9 @@ class Automatic:
             shape = Shape(batch=-(-tokens // seq), seq=seq)
         self.seen = shape
         # Trainers tie, train, shard and compile after they have called accelerate().
-        facts = self.facts = self.facts.replace(embedding_bytes=self.running.movable_bytes)
+        facts = self.facts = self.facts.replace(
+            embedding_bytes=self.running.movable_bytes, packed_bytes=self.running.packed_bytes
+        )
         if self.given is None and not self.record["plans"]:
             if (model := self.model()) is not None:
                 refuse_sharded(model)  # trainers shard after they have called accelerate()
@@ -1056,10 +1202,12 @@ class Automatic:
     def _use(self, chosen: CheckpointPlan) -> None:
         self.plan = chosen
         self.running.use(chosen)
-        if stay := self.running.embeddings_stay:  # they are not asked again
-            self.embeddings = (False,)
+        stays = [*filter(None, (self.running.embeddings_stay, self.running.weights_stay))]
+        if stays:  # they are not asked again
+            self.embeddings = (False,) if self.running.embeddings_stay else self.embeddings
+            self.weights = (False,) if self.running.weights_stay else self.weights
             self._plan(chosen.shape)
-            self.record["note"] = "; ".join(filter(None, (stay, self.record.get("note"))))
+            self.record["note"] = "; ".join(filter(None, (*stays, self.record.get("note"))))
             return
         self._say_why()
         self.record.update(

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sloth_plugins.checkpointing.observe import Observed
+from sloth_plugins.checkpointing.streams import SLOTS
 from sloth_plugins.specs import BadInputError
 
 CLASSES = (
@@ -113,6 +114,8 @@ class ModelFacts:
     """Measured bytes on the device before a step and without optimizer state; None: by arithmetic."""
     embedding_bytes: int | None = None
     """Bytes of the input embeddings, if they may wait in host memory, else 0; None: by arithmetic."""
+    packed_bytes: int | None = None
+    """Bytes of a layer's packed 4-bit weights, if they may wait in host memory, else 0; None: by arithmetic."""
     observed: Observed | None = None
     """What a layer of the model was seen to save for a token; None: by arithmetic."""
 
@@ -203,6 +206,7 @@ class ModelFacts:
 
         embedding = movable_embedding(model)
         found["embedding_bytes"] = 0 if embedding is None else embedding.numel() * embedding.element_size()
+        found["packed_bytes"] = 0  # who knows the patches knows better
         on_gpu = any(p.is_cuda for _, p in named)
         found["resident_bytes"] = total + (LIBRARY_BYTES if on_gpu else 0)
         return cls.from_config(config, **{**found, **known})
@@ -278,6 +282,17 @@ class ModelFacts:
         if self.embedding_bytes is not None:
             return self.embedding_bytes
         return 0 if self.tied or not self.rank else self.vocab * self.hidden * self.dense_bytes
+
+    @property
+    def layer_movable_bytes(self) -> int:
+        """What of each layer is not on the device where its packed weights are in host memory."""
+        if self.packed_bytes is not None:
+            return self.packed_bytes
+        return sum(n * k for n, k, _ in self.expanded_groups) // 2
+
+    def moved_weights_bytes(self, layers: int) -> int:
+        """What the device holds less where so many layers' packed weights are in host memory."""
+        return max(0, layers - SLOTS) * self.layer_movable_bytes
 
     def embedding_read_bytes(self, shape: Shape) -> int:
         """What a step reads of input embeddings that are in host memory: a row for each token."""

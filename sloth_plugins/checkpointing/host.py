@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,15 +61,23 @@ def movable_embedding(model: nn.Module) -> nn.Parameter | None:
     weight = embedding.weight
     if type(weight) is not nn.Parameter or weight.requires_grad or not reads_host_memory(weight.device):
         return None
-    storage = weight.untyped_storage()
-    whole = weight.is_contiguous() and storage.nbytes() == weight.numel() * weight.element_size() > 0
-    if not whole or hasattr(weight, "ds_id") or _is_one_of_many() or _is_compiled(model):
-        return None
+    return weight if is_alone(model, [weight]) else None
+
+
+def is_alone(model: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
+    """Whether each of these has a whole storage that nothing else in the model shares, in a single process,
+    of a model that is neither sharded nor compiled."""
+    for weight in weights:
+        whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size() > 0
+        if not (whole and weight.is_contiguous()) or hasattr(weight, "ds_id"):
+            return False
+    if _is_one_of_many() or _is_compiled(model):
+        return False
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if any(type(tensor).__name__ == "DTensor" for _, tensor in named):
-        return None
-    sharing = [name for name, tensor in named if _address(tensor) == storage.data_ptr()]
-    return weight if len(sharing) == 1 else None
+        return False
+    users = Counter(_address(tensor) for _, tensor in named)
+    return all(users[_address(weight)] == 1 for weight in weights)
 
 
 def _address(tensor: torch.Tensor) -> int | None:
@@ -107,7 +117,7 @@ class HostWeight:
         # gives this memory to anybody else. The steps run on that stream, too.
         host.copy_(weight.detach().view(torch.uint8).view(-1), non_blocking=True)
         try:
-            view = _on_device(host, weight.device).view(weight.dtype).view(weight.shape)
+            view = on_device(host, weight.device).view(weight.dtype).view(weight.shape)
             rows = torch.tensor([0, weight.shape[0] // 2, weight.shape[0] - 1], device=weight.device)
             read, own = (F.embedding(rows, table).view(torch.uint8) for table in (view, weight.detach()))
             same = view.device == weight.device and torch.equal(read, own)
@@ -157,7 +167,7 @@ class _Address:
         self.__array_interface__ = {**where, "version": 3}
 
 
-def _on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the device over `host`'s own bytes, which holds `host`."""
     if device.type != "cuda":
         import numpy as np

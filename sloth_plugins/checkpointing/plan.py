@@ -13,7 +13,8 @@ Beside that every layer's MLP may run in tiles of tokens and be made again in th
 all of gate and up is then never there, which counts for long rows and small budgets. And the outputs of norms
 may be made again from the norms' inputs, which are saved beside them, for one pass over memory. And frozen
 input embeddings may be in host memory, from where a step reads its tokens' rows before anything else can
-start. Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
+start. And some layers' packed 4-bit weights may be there, and come ahead of their use, forward and backward.
+Where everything is kept and there is memory left, layers keep their 4-bit weights expanded.
 
 Layers are alike, so a plan is how many layers take which option, and where. The search leaves out counts of
 which a bound says that they are slower or do not fit, so that no others are faster under this model, unless
@@ -49,7 +50,7 @@ from sloth_plugins.checkpointing.rates import Rates
 from sloth_plugins.checkpointing.streams import Lanes, simulated
 from sloth_plugins.specs import BadInputError
 
-VERSION = 3
+VERSION = 4
 OPTIONS = ("keep", "recompute_mlp", "recompute", "recompute_offload", "recompute_mlp_offload", "offload")
 MLP_CLASSES, NORM_CLASSES = ("gate_up", "hidden"), ("normed", "mlp_normed")
 # Bytes that elementwise passes move over saved bytes, forward and backward, fitted to one H200 step each:
@@ -71,6 +72,8 @@ MOST_FOLLOWED = 4096
 # Parts of the tokens that go through an MLP one after another, each with LEAST_TILE tokens or more.
 TILES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TILE = 512
+# Of how many of the layers' 4-bit weights may be in host memory.
+SHARES_OF_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
 # Up to so many layers all counts are gone through at once.
 LEAST_ROUGH = 24
 # Where a plan does not fit, mostly the first layers' backward says so, behind all gradients.
@@ -225,6 +228,8 @@ class CheckpointPlan:
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
     embeddings_on_host: bool = False
     """The input embeddings are in host memory, and read from there."""
+    weights_on_host: int = 0
+    """Of how many layers, evenly placed, the 4-bit weights are in host memory and come for each pass."""
     expanded: int = 0
     """Of how many layers, from the first on, the 4-bit weights stay expanded between forward and backward."""
 
@@ -238,6 +243,8 @@ class CheckpointPlan:
         expanded = f", weights of {self.expanded} expanded" if self.expanded else ""
         norms = ", norms again" if self.norms_again else ""
         embeddings = ", embeddings in host memory" if self.embeddings_on_host else ""
+        if self.weights_on_host:
+            embeddings += f", weights of {self.weights_on_host} in host memory"
         tokens = f"{self.shape.batch} x {self.shape.seq} tokens"
         return (
             f"{named} of {len(self.layers)} layers{tiles}{norms}{embeddings}{expanded} at {tokens}: "
@@ -288,12 +295,18 @@ class CheckpointPlan:
 
     @property
     def moved_bytes(self) -> int:
-        """What the input embeddings in host memory would take on the device."""
-        return self.facts.movable_bytes if self.embeddings_on_host else 0
+        """What the device need not hold of weights that are in host memory."""
+        embeddings = self.facts.movable_bytes if self.embeddings_on_host else 0
+        return embeddings + self.facts.moved_weights_bytes(self.weights_on_host)
+
+    @property
+    def streamed(self) -> tuple[bool, ...]:
+        """Whether each layer's 4-bit weights come from host memory."""
+        return _evenly(self.weights_on_host, len(self.layers))
 
     @property
     def _way(self) -> _Way:
-        return _Way(self.mlp_tiles, self.norms_again, self.embeddings_on_host)
+        return _Way(self.mlp_tiles, self.norms_again, self.embeddings_on_host, self.weights_on_host)
 
     @property
     def tile_tokens(self) -> int:
@@ -363,6 +376,11 @@ class CheckpointPlan:
             raise BadInputError(
                 f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
             )
+        if not isinstance(made.weights_on_host, int) or not 0 <= made.weights_on_host <= made.facts.layers:
+            raise BadInputError(
+                f"{where}: weights_on_host={made.weights_on_host!r}: allowed is 0 to {made.facts.layers}, "
+                "its layers"
+            )
         if unknown or len(made.layers) != made.facts.layers:
             raise BadInputError(
                 f"{where}: allowed is one of {', '.join(OPTIONS)} for each of {made.facts.layers} layers"
@@ -383,10 +401,14 @@ class CheckpointPlan:
         return cls.from_dict(values, repr(str(path)))
 
 
-def fixed_bytes(facts: ModelFacts, embeddings_on_host: bool = False) -> int:
-    """What is on the device all the time: weights, optimizer state, and gradients that accumulate."""
+def fixed_bytes(facts: ModelFacts, embeddings_on_host: bool = False, weights_on_host: int = 0) -> int:
+    """What is on the device all the time: weights, optimizer state, and gradients that accumulate.
+
+    weights_on_host: of so many layers the 4-bit weights are not.
+    """
     gradients = facts.gradient_bytes if facts.accumulates else 0
     moved = facts.movable_bytes if embeddings_on_host else 0
+    moved += facts.moved_weights_bytes(weights_on_host)
     return facts.weights_bytes - moved + facts.optimizer_state_bytes + gradients
 
 
@@ -401,19 +423,20 @@ def plan(
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
     embeddings: Sequence[bool] = (False, True),
+    weights: Sequence[bool] = (False, True),
     expanded: float = 1.0,
 ) -> CheckpointPlan:
     """The plan with the shortest predicted step whose peak and margin fit into `budget_bytes`.
 
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
-    norms' outputs may be made again, False among them; `embeddings`: whether the input embeddings may be in
-    host memory, likewise. `expanded`: the share of what is left of the budget that expanded weights may take.
+    norms' outputs may be made again, False among them; `embeddings` and `weights`: whether the input
+    embeddings and the layers' 4-bit weights may be in host memory, likewise. `expanded`: the share of what is left of the budget that expanded weights may take.
     Raises BadInputError, with the smallest budget that fits, where none does.
     """
     searches = [
         (_Search(facts, shape, rates, host_bytes, way), _chosen(allow, way.mlp_tiles))
-        for way in _ways(facts, _tiles(shape, tiles), norms, embeddings)
+        for way in _ways(facts, _tiles(shape, tiles), norms, embeddings, weights)
     ]
     rough: CheckpointPlan | None = None  # of some counts: what is slower needs no closer look
     for search, names in searches if facts.layers > LEAST_ROUGH else ():
@@ -424,12 +447,12 @@ def plan(
     best = best or rough  # of more plans than are followed, none that is as fast may have been among these
     if best is not None:
         return _with_expanded(best, expanded)
-    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings)
+    smallest = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings, weights)
     need = smallest.peak_bytes + smallest.margin_bytes
     parts = {
         "weights": facts.weights_bytes - smallest.moved_bytes,
         "the optimizer's state": facts.optimizer_state_bytes,
-        "activations and work space": smallest.peak_bytes - fixed_bytes(facts, smallest.embeddings_on_host),
+        "activations and work space": smallest.peak_bytes + smallest.moved_bytes - fixed_bytes(facts),
     }
     driver = max(parts, key=lambda name: parts[name])
     raise BadInputError(
@@ -443,7 +466,7 @@ def _with_expanded(made: CheckpointPlan, share: float) -> CheckpointPlan:
     facts, rates = made.facts, made.rates
     each = facts.expanded_bytes
     all_kept = set(made.layers) == {"keep"} and not made.norms_again
-    if not each or not all_kept or made.mlp_tiles > 1:
+    if not each or not all_kept or made.mlp_tiles > 1 or made.weights_on_host:
         return made
     spare = share * (made.budget_bytes - made.peak_bytes - made.margin_bytes)
     count = max(0, min(facts.layers, int(spare / (each * (1 + MARGIN)))))
@@ -468,9 +491,10 @@ def smallest_budget_bytes(
     tiles: Sequence[int] = TILES,
     norms: Sequence[bool] = (False, True),
     embeddings: Sequence[bool] = (False, True),
+    weights: Sequence[bool] = (False, True),
 ) -> int:
     """The smallest budget for which `plan` finds a plan."""
-    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings)
+    least = _smallest(facts, shape, rates, host_bytes, allow, tiles, norms, embeddings, weights)
     return least.peak_bytes + least.margin_bytes
 
 
@@ -481,26 +505,45 @@ def _tiles(shape: Shape, tiles: Sequence[int]) -> list[int]:
 
 
 class _Way(NamedTuple):
-    """What all layers have in common, and where the input embeddings are."""
+    """What all layers have in common, where the input embeddings are, and of how many layers the weights are
+    there, too."""
 
     mlp_tiles: int
     norms_again: bool
     embeddings_on_host: bool
+    weights_on_host: int
 
 
 def _ways(
-    facts: ModelFacts, tiles: Sequence[int], norms: Sequence[bool], embeddings: Sequence[bool]
+    facts: ModelFacts,
+    tiles: Sequence[int],
+    norms: Sequence[bool],
+    embeddings: Sequence[bool],
+    weights: Sequence[bool],
 ) -> list[_Way]:
-    """All of them; first those with the embeddings on the device, which win where others are no faster."""
-    for name, given in (("norms", norms), ("embeddings", embeddings)):
+    """All of them; first those with the most on the device, which win where others are no faster."""
+    for name, given in (("norms", norms), ("embeddings", embeddings), ("weights", weights)):
         if False not in given:
             raise BadInputError(f"{name}={tuple(given)!r}: allowed are False, and True beside it")
     # Elsewhere torch's checkpointing of an MLP holds its input.
     of_norms = sorted(set(norms)) if facts.fused_mlp else [False]
     of_embeddings = sorted(set(embeddings)) if facts.movable_bytes else [False]
+    counts = {0}
+    if True in weights and facts.layer_movable_bytes:
+        counts |= {round(share * facts.layers) for share in SHARES_OF_WEIGHTS}
+    of_weights = sorted(count for count in counts if not count or facts.moved_weights_bytes(count))
     return [
-        _Way(count, of_norm, on_host) for on_host in of_embeddings for count in tiles for of_norm in of_norms
+        _Way(count, of_norm, on_host, of_weight)
+        for of_weight in of_weights
+        for on_host in of_embeddings
+        for count in tiles
+        for of_norm in of_norms
     ]
+
+
+def _evenly(count: int, layers: int) -> tuple[bool, ...]:
+    """`count` of the layers."""
+    return tuple((i + 1) * count // layers > i * count // layers for i in range(layers))
 
 
 def _tensor(values: Any) -> Any:
@@ -542,7 +585,7 @@ class _Memory:
         self.kept = _tensor([option.kept_bytes for option in options])
         self.passing = _tensor([option.passing_bytes for option in options])
         self.host = _tensor([option.host_bytes for option in options])
-        self.fixed = fixed_bytes(facts, way.embeddings_on_host)
+        self.fixed = fixed_bytes(facts, way.embeddings_on_host, way.weights_on_host)
         self.shared, self.ends = facts.shared_bytes(shape), facts.ends_bytes(shape)
         # A model's own forward holds its embeddings until its end.
         embedded = shape.tokens * facts.hidden * facts.stream_bytes
@@ -635,14 +678,15 @@ def _smallest(
     tiles: Sequence[int],
     norms: Sequence[bool],
     embeddings: Sequence[bool],
+    weights: Sequence[bool],
 ) -> CheckpointPlan:
     """The plan that needs the least memory, of those with at most two options beside "keep": smaller tiles
-    never need more, embeddings on the host less."""
+    never need more, weights on the host less."""
     import torch
 
-    ways = _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, embeddings)
+    ways = _ways(facts, sorted({1, _tiles(shape, tiles)[-1]}), norms, embeddings, weights)
     if host_limit is None:
-        ways = [way for way in ways if way.embeddings_on_host == ways[-1].embeddings_on_host]
+        ways = [way for way in ways if way[2:] == ways[-1][2:]]
     best: CheckpointPlan | None = None
     for way in ways:
         search = _Search(facts, shape, rates, host_limit, way)
@@ -697,10 +741,13 @@ class _Search:
         self.cost = costs(facts, shape, rates, *way[:2])
         self.memory = _Memory(facts, shape, self.cost, way)
         self.layers = facts.layers
-        self.moved = facts.movable_bytes if way.embeddings_on_host else 0
+        moved = facts.movable_bytes if way.embeddings_on_host else 0
+        self.moved = moved + way.weights_on_host * facts.layer_movable_bytes
         self.host_limit = None if host_limit is None else host_limit - self.moved
         self.to_host, self.from_host = rates.to_host_gb_s * 1e9, rates.from_host_gb_s * 1e9
-        self.read_s = facts.embedding_read_bytes(shape) / self.from_host if self.moved else 0.0
+        self.read_s = facts.embedding_read_bytes(shape) / self.from_host if moved else 0.0
+        # Of a pass's weights, what is not there from the pass before.
+        self.weights_s = facts.moved_weights_bytes(way.weights_on_host) / self.from_host
         self.followed = 0
         """How many plans' copies the search at hand has followed one by one."""
 
@@ -715,9 +762,11 @@ class _Search:
         that the first copy back takes longer than what it runs beside."""
         cost, n = self.cost, self.layers
         beside = (n - 1) / n
+        back_s = copied.double() / self.from_host + self.weights_s
+        late = (copied.double() / self.to_host - n * cost.forward_s * beside).clamp(min=0)
         stall = (
-            (copied.double() / self.to_host - n * cost.forward_s * beside).clamp(min=0)
-            + (copied.double() / self.from_host - (n * cost.backward_s + again) * beside).clamp(min=0)
+            late.clamp(min=self.weights_s - n * cost.forward_s)
+            + (back_s - (n * cost.backward_s + again) * beside).clamp(min=0)
             + first
             + self.read_s
         )
@@ -739,7 +788,8 @@ class _Search:
         behind = self.cost.backward_s + self.cost.tiled_s
         first = (first - (counts.inputs < self.layers).double() * behind).clamp(min=0)
         seconds, stall = self.times(again, counts.wholes, copied, first)
-        return seconds, stall, again + copied.double() / self.to_host + self.read_s, copied
+        work = again + copied.double() / self.to_host + self.read_s + self.weights_s
+        return seconds, stall, work, copied
 
     @functools.cached_property
     def lanes(self) -> Lanes:
@@ -759,6 +809,8 @@ class _Search:
             host=host,
             first=torch.cat([torch.ones(5, dtype=torch.float64), whole.unsqueeze(0)]),
             again_s=torch.tensor([cost.options[name].recompute_s for name in OPTIONS], dtype=torch.float64),
+            weights=_evenly(self.way.weights_on_host, self.layers),
+            weight_bytes=self.facts.layer_movable_bytes,
         )
 
     def exactly(self, bound: Any, codes: Any) -> Any:
@@ -865,7 +917,7 @@ class _Search:
         smaller = (must > wholes * host[3] + offloaded * host[5]).long()  # one of them, at least
         left = (least <= most) & (self.least(none, mlps, wholes, offloaded, smaller, mlps) <= limit)
         seconds, _ = self.times(again, wholes, least, torch.zeros_like(again))
-        work = again + least.double() / self.to_host + self.read_s
+        work = again + least.double() / self.to_host + self.read_s + self.weights_s
         left &= seconds < slowest
         columns = [x[left] for x in (mlps, wholes, offloaded, must, seconds, work)]
         order = columns[5].argsort(stable=True)

@@ -147,7 +147,7 @@ def test_a_device_that_reads_other_bytes_or_none_keeps_the_weight(monkeypatch: p
     model = llama()
     weight = embedding_of(model)
     old, before = weight.data_ptr(), weight.detach().clone()
-    on_device = host._on_device
+    on_device = host.on_device
 
     def other(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
         return on_device(memory.clone().fill_(1), device)
@@ -156,7 +156,7 @@ def test_a_device_that_reads_other_bytes_or_none_keeps_the_weight(monkeypatch: p
         raise RuntimeError("no such address")
 
     for fault, message in ((other, "reads other bytes"), (none, "no such address")):
-        monkeypatch.setattr(host, "_on_device", fault)
+        monkeypatch.setattr(host, "on_device", fault)
         with pytest.raises(StaysError, match=message):
             HostWeight(weight)
         assert not is_moved(model, old) and torch.equal(weight, before)
@@ -340,7 +340,7 @@ def test_a_budget_is_planned_without_them_where_they_cannot_move(
     def fail(*_: Any) -> Any:
         raise StaysError("host memory can't be pinned") if fault == "pinning" else ValueError("odd")
 
-    monkeypatch.setattr(host, "host_memory" if fault == "pinning" else "_on_device", fail)
+    monkeypatch.setattr(host, "host_memory" if fault == "pinning" else "on_device", fail)
     for given, fits in (((least + stay) // 2, False), (int(1.1 * stay), True)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
