@@ -264,14 +264,14 @@ class Running:
         self._offload.streamed = chosen.streamed if self._weights is not None else ()
         self._expand(chosen.expanded)
         tile = chosen.tile_tokens if chosen.mlp_tiles > 1 else None
-        last, in_flight = chosen.last_offloaded, chosen.in_flight
+        in_flight = chosen.in_flight
         most = 0  # of how many layers the copies are under way, if none waits for them
         for index, (layer, option) in enumerate(zip(layers, chosen.layers, strict=True)):
             again = tile or option.startswith("recompute")
             mlp = mlp_of(layer, chosen.facts) if again else None
             if mlp is None:
                 option = option.replace("_mlp", "")
-            left, starts = in_flight[index], last is not None and index == last + 1
+            left, starts = in_flight[index], index == chosen.starts
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
             function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts, index)

@@ -73,7 +73,7 @@ MOST_FOLLOWED = 4096
 TILES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TILE = 512
 # Of how many of the layers' 4-bit weights may be in host memory.
-SHARES_OF_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+SHARES_OF_WEIGHTS = (0.5, 1.0)
 # Up to so many layers all counts are gone through at once.
 LEAST_ROUGH = 24
 # Where a plan does not fit, mostly the first layers' backward says so, behind all gradients.
@@ -228,6 +228,8 @@ class CheckpointPlan:
     """Outputs of norms are made again from their inputs, where the layer is not recomputed as a whole."""
     embeddings_on_host: bool = False
     """The input embeddings are in host memory, and read from there."""
+    lead: int = 1
+    """How many layers behind the last one that is offloaded its copy back starts, with that one's backward."""
     weights_on_host: int = 0
     """Of how many layers, evenly placed, the 4-bit weights are in host memory and come for each pass."""
     expanded: int = 0
@@ -278,11 +280,24 @@ class CheckpointPlan:
         return max((i for i, name in enumerate(self.layers) if "offload" in name), default=None)
 
     @property
+    def starts(self) -> int | None:
+        """The layer with whose backward the first copy back starts."""
+        last = self.last_offloaded
+        return None if last is None else min(last + self.lead, len(self.layers) - 1)
+
+    @property
     def in_flight(self) -> tuple[int, ...]:
         """Of how many layers the copies to the host may be under way when each layer's forward begins."""
-        options = self.costs().options
-        counts, _ = _in_flight(_tensor([[options[name].host_bytes for name in self.layers]]))
+        counts = self._memory.in_flight(self._codes, _tensor([self.lead]))
         return tuple(int(count) for count in counts[0])
+
+    @property
+    def _memory(self) -> _Memory:
+        return _Memory(self.facts, self.shape, self.costs(), self._way)
+
+    @property
+    def _codes(self) -> Any:
+        return _tensor([[OPTIONS.index(name) for name in self.layers]])
 
     def costs(self) -> Costs:
         """What the options cost under this plan's tiles."""
@@ -330,9 +345,9 @@ class CheckpointPlan:
 
     def timeline(self) -> list[tuple[str, int]]:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
-        memory = _Memory(self.facts, self.shape, self.costs(), self._way)
-        codes = _tensor([[OPTIONS.index(name) for name in self.layers]])
-        forward, head, backward, optimizer = (column[0].tolist() for column in memory.timeline(codes))
+        memory, codes, lead = self._memory, self._codes, _tensor([self.lead])
+        columns = memory.forwards(codes, lead), *memory.timeline(codes, lead)[1:]
+        forward, head, backward, optimizer = (column[0].tolist() for column in columns)
         rows = [(f"forward {index}", size) for index, size in enumerate(forward)]
         rows.append(("head", head))
         rows += [(f"backward {index}", size) for index, size in reversed([*enumerate(backward)])]
@@ -376,6 +391,8 @@ class CheckpointPlan:
             raise BadInputError(
                 f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
             )
+        if not isinstance(made.lead, int) or not 1 <= made.lead <= made.facts.layers:
+            raise BadInputError(f"{where}: lead={made.lead!r}: allowed is 1 to {made.facts.layers}, its layers")
         if not isinstance(made.weights_on_host, int) or not 0 <= made.weights_on_host <= made.facts.layers:
             raise BadInputError(
                 f"{where}: weights_on_host={made.weights_on_host!r}: allowed is 0 to {made.facts.layers}, "
@@ -552,12 +569,13 @@ def _tensor(values: Any) -> Any:
     return torch.tensor(values)
 
 
-def _in_flight(host: Any) -> tuple[Any, Any]:
+def _in_flight(host: Any, room: Any = None) -> tuple[Any, Any]:
     """(of how many layers the copies to the host may be under way when each begins; how many bytes these
-    are). host: (plans, layers), what each layer copies.
+    are). host: (plans, layers), what each layer copies; room: (plans, layers), bytes that are free then.
 
     With its own they are at most those of IN_FLIGHT of the largest layers, so that a large one has the time
-    of several small ones. Once no layer is offloaded any more, as many as there are layers behind it.
+    of several small ones, or what there is room for. Once no layer is offloaded any more, as many as there
+    are layers behind it.
     """
     import torch
 
@@ -567,7 +585,8 @@ def _in_flight(host: Any) -> tuple[Any, Any]:
     before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
     last = torch.where(newest[:, -1:] < 0, end, newest[:, -1:].clamp(max=end - 1))
     most = torch.where(at <= last, MOST_IN_FLIGHT, (end - at).clamp(max=MOST_IN_FLIGHT))
-    room = IN_FLIGHT * host.amax(1, keepdim=True) - host
+    few = IN_FLIGHT * host.amax(1, keepdim=True) - host
+    room = few if room is None else few.maximum(room)
     count, size, index = torch.zeros_like(host), torch.zeros_like(host), before
     for _ in range(MOST_IN_FLIGHT):
         more = torch.where(index < 0, 0, host.gather(1, index.clamp(min=0)))
@@ -590,16 +609,18 @@ class _Memory:
         # A model's own forward holds its embeddings until its end.
         embedded = shape.tokens * facts.hidden * facts.stream_bytes
         self.forward = embedded + _tensor([option.forward_bytes for option in options])
-        # The last norm's tensors are gone then, but backwards were measured to take about as much more.
-        self.work = self.ends + facts.workspace_bytes(shape, *way[:2])
+        self.work = facts.workspace_bytes(shape, *way[:2])
+        if not facts.fused_mlp:  # the last norm's tensors are gone then, but as much more was measured
+            self.work += self.ends
         self.head = self.ends + facts.head_bytes(shape)
         self.layers = facts.layers
         self.gradients = 0 if facts.accumulates else facts.gradient_bytes
         self.a_gradient = self.gradients // facts.layers
 
-    def timeline(self, codes: Any) -> tuple[Any, Any, Any, Any]:
+    def timeline(self, codes: Any, lead: Any) -> tuple[Any, Any, Any, Any]:
         """(forward of each layer, head, backward of each layer, optimizer); codes: (plans, layers), where in
-        OPTIONS each layer's is. Of the first layers alone, nothing is more than with all of them."""
+        OPTIONS each layer's is; lead: (plans,), see CheckpointPlan. Of the first layers alone, nothing is more
+        than with all of them."""
         import torch
 
         kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]
@@ -611,14 +632,30 @@ class _Memory:
         forward = held + kept + host + _in_flight(host)[1] + self.forward[codes]
         head = base + kept.sum(1) + self.head
         coming = torch.where(before < 0, 0, host.gather(1, before.clamp(min=0)))
-        coming = coming * (at <= newest[:, -1:] + 1)
+        coming = coming * (at <= newest[:, -1:] + lead.unsqueeze(1))
         done = (self.layers - 1 - at) * self.a_gradient
         backward = held + kept + passing + self.work + coming + done
         return forward, head, backward, torch.full_like(head, base + self.gradients)
 
-    def peak(self, codes: Any) -> Any:
+    def in_flight(self, codes: Any, lead: Any) -> Any:
+        """Of how many layers the copies may be under way when each begins, also in memory that is free until
+        the peak."""
+        return self._with_in_flight(codes, lead)[0]
+
+    def _with_in_flight(self, codes: Any, lead: Any) -> tuple[Any, Any]:
+        """(`in_flight`, what each layer's forward takes with it)."""
+        host = self.host[codes]
+        alone = self.timeline(codes, lead)[0] - _in_flight(host)[1]
+        count, size = _in_flight(host, self.peak(codes, lead).unsqueeze(1) - alone)
+        return count, alone + size
+
+    def forwards(self, codes: Any, lead: Any) -> Any:
+        """What is there at most in the forward of each layer, with all copies that may be under way."""
+        return self._with_in_flight(codes, lead)[1]
+
+    def peak(self, codes: Any, lead: Any) -> Any:
         """The most of the timeline, of each plan."""
-        forward, head, backward, optimizer = self.timeline(codes)
+        forward, head, backward, optimizer = self.timeline(codes, lead)
         return forward.amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
 
     def margin(self, peak: Any) -> Any:
@@ -629,13 +666,16 @@ class _Memory:
 class _Counts(NamedTuple):
     """Of how many layers' MLPs are made again, alone (a tensor each, of all plans in question); how many
     layers are run again as a whole; how many are offloaded as a whole; and of how many of the first and
-    second kind what is left is offloaded as well."""
+    second kind what is left is offloaded as well. Behind the last one of which all or more than the input is
+    offloaded at least `gap` layers follow, and its copy back starts `lead` layers behind it."""
 
     mlps: Any
     wholes: Any
     offloaded: Any
     mlps_away: Any
     inputs: Any
+    gap: Any
+    lead: Any
 
     def copied(self, host: Any) -> Any:
         """Bytes that go to the host; host: of each of OPTIONS."""
@@ -649,9 +689,10 @@ class _Counts(NamedTuple):
         """(plans, layers): where in OPTIONS each layer's is; first: of so many layers alone."""
         import torch
 
-        mlps, wholes, offloaded, mlps_away, inputs = (column.unsqueeze(1) for column in self)
-        away, at = offloaded + mlps_away, torch.arange(first or layers)
-        before, until = -(-at * away // layers), -(-(at + 1) * away // layers)
+        mlps, wholes, offloaded, mlps_away, inputs, gap, _ = (column.unsqueeze(1) for column in self)
+        away, at, among = offloaded + mlps_away, torch.arange(first or layers), layers - gap
+        before = (-(-at * away // among)).minimum(away)
+        until = (-(-(at + 1) * away // among)).minimum(away)
         # Of those that are offloaded evenly, the smaller ones evenly among the others, from the first on.
         count = away.clamp(min=1)
         smaller = -(-(before + 1) * mlps_away // count) > -(-before * mlps_away // count)
@@ -707,6 +748,8 @@ def _smallest(
                 n["offload"],
                 n["recompute_mlp_offload"],
                 n["recompute_offload"],
+                torch.zeros_like(n["keep"]),
+                torch.ones_like(n["keep"]),
             )
             for n in found
         ]
@@ -813,17 +856,20 @@ class _Search:
             weight_bytes=self.facts.layer_movable_bytes,
         )
 
-    def exactly(self, bound: Any, codes: Any) -> Any:
+    def exactly(self, bound: Any, codes: Any, lead: Any) -> Any:
         """Seconds beyond what any plan takes, layers and copies being followed one by one. bound: what `of`
         says, which knows sums alone."""
         cost, n = self.cost, self.layers
-        seconds = simulated(self.lanes, codes, _in_flight(self.memory.host[codes])[0]) + self.read_s
+        seconds = simulated(self.lanes, codes, self.memory.in_flight(codes, lead), lead) + self.read_s
         seconds = seconds - n * (cost.forward_s + cost.backward_s) - cost.rest_s
         return bound.maximum((seconds * 1e12).round() / 1e12)
 
     def possible(self, counts: _Counts) -> Any:
         """Whether the last layer is none of those that are offloaded evenly, and host memory suffices."""
-        found = counts.offloaded + counts.mlps_away < self.layers
+        away = counts.offloaded + counts.mlps_away
+        found = away <= self.layers - counts.gap.clamp(min=1)
+        found &= (counts.gap == 0) | (away > 0)
+        found &= (counts.lead == 1) | (away + counts.inputs > 0)
         if self.host_limit is not None:
             found &= counts.copied(self.memory.host) <= self.host_limit
         return found
@@ -873,7 +919,7 @@ class _Search:
             if best is not None and int(bound[start]) >= best:
                 break
             some = counts.at(slice(start, start + 256))
-            peak = memory.peak(some.placed(self.layers))
+            peak = memory.peak(some.placed(self.layers), some.lead)
             need = peak + memory.margin(peak)
             at = int(need.argmin())
             if best is None or int(need[at]) < best:
@@ -959,7 +1005,22 @@ class _Search:
         low = wanted.clamp(min=0) if "recompute" in allow else wanted.maximum(wholes)
         high = wholes if "recompute_offload" in allow else torch.zeros_like(wholes)
         (mlps, wholes, offloaded, _, mlps_away), inputs = spread(columns, low, high)
-        return _Counts(mlps, wholes, offloaded, mlps_away, inputs)
+        none = torch.zeros_like(inputs)
+        return _Counts(mlps, wholes, offloaded, mlps_away, inputs, none, none + 1)
+
+    def _at_the_end(self, counts: _Counts) -> _Counts:
+        """Each of these, and with more time for what is offloaded last: to leave before the forward is over,
+        and to come back before it is wanted."""
+        import torch
+
+        cost, kinds = self.cost, self.memory.host[[3, 4, 5]].double()
+        out = (kinds / self.to_host / cost.forward_s).ceil().long()
+        back = (kinds * self.lanes.first[3:] / self.from_host / self.lanes.backward_s).ceil().long()
+        most = max(1, self.layers // 8)
+        kind = torch.where(counts.offloaded > 0, 2, (counts.mlps_away > 0).long())
+        gap, lead = out.clamp(max=most)[kind], back.clamp(1, most)[kind]
+        both = zip(counts, counts._replace(gap=gap, lead=lead), strict=True)
+        return _Counts(*(torch.stack(columns, 1).flatten() for columns in both))
 
     def _fastest_that_fits(
         self, counts: _Counts, budget: int, best: tuple[float, float]
@@ -968,6 +1029,7 @@ class _Search:
         `best`."""
         import torch
 
+        counts = self._at_the_end(counts)
         bound, _, work, _ = self.of(counts)
         left = self.possible(counts) & ((bound < best[0]) | ((bound == best[0]) & (work < best[1])))
         counts, bound, work = counts.at(left), bound[left], work[left]
@@ -975,8 +1037,8 @@ class _Search:
         order = order[bound[order].argsort(stable=True)]
         start, size, found = 0, 32, None
 
-        def fit(codes: Any) -> Any:
-            peak = self.memory.peak(codes)
+        def fit(codes: Any, lead: Any) -> Any:
+            peak = self.memory.peak(codes, lead)
             return peak + self.memory.margin(peak) <= budget
 
         while start < len(order) and self.followed < MOST_FOLLOWED:
@@ -985,14 +1047,14 @@ class _Search:
                 break
             start, size = start + size, min(4 * size, 2048)
             if self.layers > 4 * FEW_LAYERS:
-                part = part[fit(counts.at(part).placed(self.layers, FEW_LAYERS))]
+                part = part[fit(counts.at(part).placed(self.layers, FEW_LAYERS), counts.lead[part])]
             codes = counts.at(part).placed(self.layers)
-            fits = fit(codes)
+            fits = fit(codes, counts.lead[part])
             if not fits.any():
                 continue
             part, codes = part[fits], codes[fits]
             self.followed += len(part)
-            seconds = self.exactly(bound[part], codes)
+            seconds = self.exactly(bound[part], codes, counts.lead[part])
             at = int(torch.where(seconds == seconds.min(), work[part], torch.inf).argmin())
             key = float(seconds[at]), float(work[part[at]])
             if key < best:
@@ -1002,11 +1064,11 @@ class _Search:
     def made(self, counts: _Counts, budget: int | None) -> CheckpointPlan:
         """The one plan of `counts`; budget: None for what it needs."""
         codes = counts.placed(self.layers)
-        peak = self.memory.peak(codes)
+        peak = self.memory.peak(codes, counts.lead)
         margin = self.memory.margin(peak)
         bound, _, _, copied = self.of(counts)
         again_s = float(self.again_s(counts.mlps, counts.wholes))
-        stall_s = max(0.0, float(self.exactly(bound, codes)) - again_s)
+        stall_s = max(0.0, float(self.exactly(bound, codes, counts.lead)) - again_s)
         cost = self.cost
         return CheckpointPlan(
             layers=tuple(OPTIONS[code] for code in codes[0].tolist()),
@@ -1020,6 +1082,7 @@ class _Search:
             step_s=self.layers * (cost.forward_s + cost.backward_s) + cost.rest_s + again_s + stall_s,
             recompute_s=again_s,
             stall_s=stall_s,
+            lead=int(counts.lead),
             **self.way._asdict(),
         )
 

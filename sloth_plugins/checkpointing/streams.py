@@ -4,7 +4,7 @@ Layers run one after another, and so do copies, beside them. A layer's copies to
 tensors are saved, and are over when the layer is, or later. A layer begins when no more of them are under way
 than the plan lets be. Behind the head everything is out.
 
-The copy back of the last layer that is offloaded begins with the backward of the layer behind it, that of any
+The copy back of the last layer that is offloaded begins with the backward of a layer behind it, that of any
 other one with the backward of the offloaded layer behind it. A layer's backward begins when what it wants
 first is there, and waits once more where the rest is late.
 
@@ -50,11 +50,12 @@ class Lanes:
     """Of one of these."""
 
 
-def simulated(lanes: Lanes, codes: Any, in_flight: Any) -> Any:
+def simulated(lanes: Lanes, codes: Any, in_flight: Any, lead: Any) -> Any:
     """Seconds from the first layer's forward to the end of its backward, float64 (plans,).
 
     codes: (plans, layers), which option each layer takes; in_flight: of how many layers the copies may be
-    under way when it begins.
+    under way when it begins; lead: (plans,), how many layers behind the last one that is offloaded its copy
+    back begins.
     """
     import torch
 
@@ -102,10 +103,11 @@ def simulated(lanes: Lanes, codes: Any, in_flight: Any) -> Any:
             times.scatter_(1, at, torch.where(new, value, times.gather(1, at)[:, 0]).unsqueeze(1))
         link = torch.where(new, end, link)
 
+    starts = (newest[:, -1] + lead).clamp(max=layers - 1)
     always = torch.ones(plans, dtype=torch.bool)
     arrived: dict[int, Any] = {}
     for i in reversed(range(layers)):
-        fetch(newest[:, -1], newest[:, -1] == i - 1)
+        fetch(newest[:, -1], starts == i)
         fetch(torch.where(away[:, i], i, -1), always)
         fetch(before[:, i], away[:, i])
         now = torch.where(away[:, i], now.maximum(front[:, i]), now)

@@ -104,8 +104,8 @@ def model() -> Any:
 def test_a_step_takes_what_is_predicted(
     layers: str, norms: bool, tiles: int, model: Any, unproven: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the forward and in all; never more than 2 % above it. Below it at most by what `_Memory` adds for
-    measured backwards and by 5 %, or by a tenth where whole MLPs are said to hold both groups' weights."""
+    """In the forward and in all; never more than 2 % above it. Below it at most by 5 %, or by a tenth where
+    whole MLPs are said to hold both groups' weights, and in the forward by what the last norm takes."""
     shape = Shape(batch=BATCH, seq=SEQ)
     given = torch.randint(0, 128, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
     settings: Any = {"kernels": "triton"}
@@ -150,5 +150,8 @@ def test_a_step_takes_what_is_predicted(
         max(rows, key=rows.get),
     )
     whole = tiles == 1 and bool({"k", "o"} & set(layers))
-    for predicted, seen in ((forward, of_forward[-1]), (max(rows.values()), alive.peak)):
-        assert (0.9 if whole else 0.95) * predicted - facts.ends_bytes(shape) < seen < 1.02 * predicted
+    for predicted, seen, ends in (
+        (forward, of_forward[-1], facts.ends_bytes(shape)),
+        (max(rows.values()), alive.peak, 0),
+    ):
+        assert (0.9 if whole else 0.95) * predicted - ends < seen < 1.02 * predicted
