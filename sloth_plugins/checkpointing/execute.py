@@ -274,7 +274,9 @@ class Running:
             left, starts = in_flight[index], index == chosen.starts
             inner = None if mlp is None else weakref.ref(mlp)
             norms = self.norms if chosen.norms_again and option in NORMS_AGAIN else None
-            function = _Ours(option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts, index)
+            function = _Ours(
+                option, self._offload, weakref.ref(layer), inner, tile, norms, left, starts, index
+            )
             waits = starts or left < most
             most = min(most, left) + ("offload" in option)
             on = option != "keep" or waits or mlp is not None or norms is not None
@@ -313,7 +315,11 @@ class Running:
         model = self._model()
         if True not in streamed or model is None:
             return
-        found = [weights for weights, comes in zip(movable_weights(model, self.layers), streamed, strict=False) if comes]
+        found = [
+            weights
+            for weights, comes in zip(movable_weights(model, self.layers), streamed, strict=False)
+            if comes
+        ]
         why = "they are not 4-bit ones that the kernels expand, or shared, or not on one GPU"
         try:
             if found and all(found):
@@ -438,7 +444,7 @@ class _Ours:
             self.offload.drain()
             raise
         if self.starts:
-            self.offload.start_with(result)
+            self.offload.start_with(result, self.index)
         return result
 
     def _call(self, layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
@@ -724,17 +730,17 @@ class _Offload:
         while len(self._leaving) > left:
             self._leaving.popleft().release()
 
-    def start_with(self, result: Any) -> None:
-        """Let the copy back of the last block start when the backward reaches `result`."""
+    def start_with(self, result: Any, index: int) -> None:
+        """Let the copy back of the last block start when the backward reaches `result`, a layer's."""
         block = self._last() if self._last is not None else None
         first = next((t for t in tensors(result) if t.requires_grad), None)
         if block is not None and first is not None:
-            first.register_hook(functools.partial(self._start, weakref.ref(block)))  # type: ignore[no-untyped-call]
+            first.register_hook(functools.partial(self._start, weakref.ref(block), index))  # type: ignore[no-untyped-call]
 
-    def _start(self, ref: weakref.ref[_Block], grad: torch.Tensor) -> None:
+    def _start(self, ref: weakref.ref[_Block], index: int, grad: torch.Tensor) -> None:
         block = ref()
         if block is not None and not block.wanted:
-            self._fetch(reversed(block.entries.values()))
+            self._prepare(block, index)
 
     def _fetch(self, entries: Iterable[_Entry]) -> None:
         """Start the way back of those that aren't back or on their way, in this order: what was saved last is
@@ -783,18 +789,18 @@ class _Offload:
             while self._queue and not self._queue[0].missing:
                 self._queue.popleft()
 
-    def _prepare(self, block: _Block, behind: _Block) -> None:
+    def _prepare(self, block: _Block, behind: int) -> None:
         """Start the way back of all that `block` has, while the layers from `behind` on down to it run."""
         self._come(self._queue)
         self._queue.clear()
         entries = [*reversed(block.entries.values())]
         self._place(entries)
-        between = 1 + sum(self.streamed[block.index + 1 : behind.index])
+        between = 1 + sum(self.streamed[block.index + 1 : behind])
         self._portion = -(-sum(entry.missing for entry in entries) // between)
         self._queue.extend(entries)
-        self._behind = behind.index + 1
-        self.advance(behind.index)
-        self._behind = behind.index
+        self._behind = behind + 1
+        self.advance(behind)
+        self._behind = behind
 
     def _weights(self, layer: nn.Module) -> Iterator[torch.Tensor]:
         """The layer's parameters. Its modules are looked for once, since that takes longer than all else
@@ -849,7 +855,7 @@ class _Offload:
                 block.wanted = True
                 self._fetch(reversed(block.entries.values()))
                 if earlier is not None:
-                    self._prepare(earlier, block)
+                    self._prepare(earlier, block.index)
             self._fetch((entry,))
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()

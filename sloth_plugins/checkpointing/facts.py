@@ -115,7 +115,8 @@ class ModelFacts:
     embedding_bytes: int | None = None
     """Bytes of the input embeddings, if they may wait in host memory, else 0; None: by arithmetic."""
     packed_bytes: int | None = None
-    """Bytes of a layer's packed 4-bit weights, if they may wait in host memory, else 0; None: by arithmetic."""
+    """Bytes of a layer's packed 4-bit weights, if they may wait in host memory, else 0; None: by
+    arithmetic."""
     observed: Observed | None = None
     """What a layer of the model was seen to save for a token; None: by arithmetic."""
 

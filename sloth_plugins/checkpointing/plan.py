@@ -229,7 +229,7 @@ class CheckpointPlan:
     embeddings_on_host: bool = False
     """The input embeddings are in host memory, and read from there."""
     lead: int = 1
-    """How many layers behind the last one that is offloaded its copy back starts, with that one's backward."""
+    """How many layers behind the last one that is offloaded its copy back starts."""
     weights_on_host: int = 0
     """Of how many layers, evenly placed, the 4-bit weights are in host memory and come for each pass."""
     expanded: int = 0
@@ -392,7 +392,9 @@ class CheckpointPlan:
                 f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
             )
         if not isinstance(made.lead, int) or not 1 <= made.lead <= made.facts.layers:
-            raise BadInputError(f"{where}: lead={made.lead!r}: allowed is 1 to {made.facts.layers}, its layers")
+            raise BadInputError(
+                f"{where}: lead={made.lead!r}: allowed is 1 to {made.facts.layers}, its layers"
+            )
         if not isinstance(made.weights_on_host, int) or not 0 <= made.weights_on_host <= made.facts.layers:
             raise BadInputError(
                 f"{where}: weights_on_host={made.weights_on_host!r}: allowed is 0 to {made.facts.layers}, "
@@ -448,7 +450,8 @@ def plan(
     `host_bytes`: pinned host memory that may be used; None: any. `allow`: the options to choose from; one of
     them must be "keep". `tiles`: the numbers of MLP tiles to choose from, 1 among them. `norms`: whether
     norms' outputs may be made again, False among them; `embeddings` and `weights`: whether the input
-    embeddings and the layers' 4-bit weights may be in host memory, likewise. `expanded`: the share of what is left of the budget that expanded weights may take.
+    embeddings and the layers' 4-bit weights may be in host memory, likewise. `expanded`: the share of what is
+    left of the budget that expanded weights may take.
     Raises BadInputError, with the smallest budget that fits, where none does.
     """
     searches = [
@@ -619,8 +622,8 @@ class _Memory:
 
     def timeline(self, codes: Any, lead: Any) -> tuple[Any, Any, Any, Any]:
         """(forward of each layer, head, backward of each layer, optimizer); codes: (plans, layers), where in
-        OPTIONS each layer's is; lead: (plans,), see CheckpointPlan. Of the first layers alone, nothing is more
-        than with all of them."""
+        OPTIONS each layer's is; lead: (plans,), see CheckpointPlan. Of the first layers alone, nothing is
+        more than with all of them."""
         import torch
 
         kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]

@@ -15,7 +15,9 @@ from typing import Any
 
 from sloth_plugins.specs import BadInputError
 
-VERSION = 2
+VERSION = 3
+# After half of that the clock of an H200 under load has settled.
+SUSTAINED_S = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def cache_path() -> Path:
 def measure_rates(
     device: Any, *, again: bool = False, measure: Callable[[Any], Rates] | None = None
 ) -> Rates:
-    """The rates of a CUDA device, from the cache or measured (about a second) and cached.
+    """The rates of a CUDA device, from the cache or measured (about two seconds) and cached.
 
     A cache that can't be read is made anew, one that can't be written is done without. For other devices the
     rates are those of "unknown". `measure` takes the place of the measurement.
@@ -129,7 +131,7 @@ def _measure(device: Any) -> Rates:
     import torch
     from torch.nn import functional
 
-    def seconds(work: Callable[[], Any], repeat: int = 10) -> float:
+    def seconds(work: Callable[[], Any], repeat: int = 10) -> list[float]:
         for _ in range(3):
             work()
         times = []
@@ -139,25 +141,41 @@ def _measure(device: Any) -> Rates:
             work()
             torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-        return sorted(times)[repeat // 2]
+        return sorted(times)
+
+    def median(work: Callable[[], Any]) -> float:
+        return seconds(work)[5]
+
+    def under_load(work: Callable[[], Any]) -> float:
+        """Of one, in a loop of SUSTAINED_S seconds, which takes a GPU to its power limit as a step does."""
+        count, began, last = 50, time.perf_counter(), 0.0
+        while time.perf_counter() < began + SUSTAINED_S:
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                work()
+            torch.cuda.synchronize(device)
+            last = time.perf_counter() - start
+        return last / count
 
     with torch.no_grad(), torch.cuda.device(device):
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         few = torch.randn(16, 16, device=device, dtype=dtype)
-        host_us = seconds(lambda: [few @ few for _ in range(200)]) / 200 * 1e6
+        host_us = median(lambda: [few @ few for _ in range(200)]) / 200 * 1e6
         n = 4096
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        matmul = 2 * n**3 / seconds(lambda: a @ b) / 1e12
+        matmul = 2 * n**3 / under_load(lambda: a @ b) / 1e12
         q, k, v = (torch.randn(2, 32, 2048, 128, device=device, dtype=dtype) for _ in range(3))
         flops = 2 * 32 * 2048 * 2048 * 128 * 4 / 2
         attention = (
-            flops / seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True)) / 1e12
+            flops / median(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True)) / 1e12
         )
         large, to = (torch.empty(2**28, dtype=torch.uint8, device=device) for _ in range(2))
-        memory = 2 * large.numel() / seconds(lambda: to.copy_(large)) / 1e12
+        memory = 2 * large.numel() / median(lambda: to.copy_(large)) / 1e12
         host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        to_host = host.numel() / seconds(lambda: host.copy_(large, non_blocking=True), 5) / 1e9
-        from_host = host.numel() / seconds(lambda: large.copy_(host, non_blocking=True), 5) / 1e9
+        # The best of several: what else uses the host's memory now will not all the time.
+        to_host = host.numel() / seconds(lambda: host.copy_(large, non_blocking=True))[0] / 1e9
+        from_host = host.numel() / seconds(lambda: large.copy_(host, non_blocking=True))[0] / 1e9
     return Rates(
         name=torch.cuda.get_device_name(device),
         matmul_tflops=round(matmul, 1),

@@ -8,10 +8,10 @@ The copy back of the last layer that is offloaded begins with the backward of a 
 other one with the backward of the offloaded layer behind it. A layer's backward begins when what it wants
 first is there, and waits once more where the rest is late.
 
-Of layers whose 4-bit weights wait in host memory SLOTS are on the device. The next one's begin to come when the
-one that has its place has been expanded for the last time, in a forward against the copies that leave and in a
-backward before what is still to come back. The last ones of a forward are there for its backward, and the first
-ones of a backward for the next forward.
+Of layers whose 4-bit weights wait in host memory SLOTS are on the device. The next one's begin to come when
+the one that has its place has been expanded for the last time, in a forward against the copies that leave and
+in a backward before what is still to come back. The last ones of a forward are there for its backward, and
+the first ones of a backward for the next forward.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def simulated(lanes: Lanes, codes: Any, in_flight: Any, lead: Any) -> Any:
     count = torch.zeros(plans, 1, dtype=torch.long)
     streamed = [i for i, comes in enumerate(lanes.weights) if comes]
     number = {i: n for n, i in enumerate(streamed)}
-    inward, left = torch.zeros(plans, dtype=torch.float64), []
+    inward = torch.zeros(plans, dtype=torch.float64)
+    left: list[Any] = []  # when each of them has been expanded for the last time
     a_copy = lanes.weight_bytes / lanes.from_host
     for i in range(layers):
         waits = count[:, 0] - in_flight[:, i] - 1

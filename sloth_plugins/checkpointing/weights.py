@@ -67,8 +67,9 @@ class StreamedWeights:
     """The packed weights of some layers in pinned host memory, until `restore()`.
 
     layers: the weights of each, in the order of a forward; of `movable_weights`. advance: called at each step
-    to another of these layers, with its place among them, once the copy for the next one is launched. Raises StaysError, with all
-    of them as they were, where memory can't be pinned, the device can't read it there, or reads other bytes.
+    to another of these layers, with its place among them, once the copy for the next one is launched. Raises
+    StaysError, with all of them as they were, where memory can't be pinned, the device can't read it there,
+    or reads other bytes.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class StreamedWeights:
         self._slots = [_Slot(place) for place in places]
         self._at: int | None = None
         """The layer whose weights were read last."""
-        self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side: Any = None
+        if self.device.type == "cuda":
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._sources = [
             _Source(weakref.ref(self), index, self._slots[index % len(self._slots)].place[part], weight)
             for index, layer in enumerate(self._layers)
@@ -293,7 +296,7 @@ class _Slot:
             stream = torch.cuda.current_stream(self.place.device)
             event = self.readers.get(stream.cuda_stream)
             if event is None:
-                event = self.readers[stream.cuda_stream] = torch.cuda.Event()
+                event = self.readers[stream.cuda_stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
 
 

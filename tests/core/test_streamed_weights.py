@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from lora_models import accelerate, in_4bit, lora
+from sloth_kernels import nf4
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sloth_plugins as sloth
-from sloth_kernels import nf4
 from sloth_plugins.checkpointing import execute, host, weights
 from sloth_plugins.checkpointing.execute import decoder_layers, facts_of
 from sloth_plugins.checkpointing.facts import Shape
@@ -160,7 +160,7 @@ def test_a_device_that_cannot_read_them_keeps_all(fault: str, monkeypatch: pytes
         return on_device(memory.clone().fill_(1) if late else memory, device)
 
     monkeypatch.setattr(weights, "on_device", other)
-    with pytest.raises(StaysError, match="other bytes|no such address|pinned"):
+    with pytest.raises(StaysError, match=r"other bytes|no such address|pinned"):
         StreamedWeights(movable_weights(model, decoder_layers(model)))
     calls = iter(range(1000))
     with pytest.warns(UserWarning, match="the layers' weights stay on the device.*more memory than planned"):
@@ -471,7 +471,7 @@ def test_on_a_gpu(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     bare = in_4bit(LlamaForCausalLM(config).requires_grad_(False), compute_dtype=torch.bfloat16)
     model = lora(bare, r=8).train().to("cuda")
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if getattr(p, "quant_state", None) is None and not p.requires_grad:
             p.data = p.data.bfloat16()
     acceleration = accelerate(model)
