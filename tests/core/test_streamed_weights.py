@@ -148,7 +148,7 @@ def test_what_the_kernels_expand_may_move(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_device_that_cannot_read_them_keeps_all(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     acceleration = accelerate(model)
-    want, before = step(model, ids()), addresses(model)
+    want = step(model, ids())
     on_device, calls = weights.on_device, iter(range(1000))
 
     def other(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -166,8 +166,8 @@ def test_a_device_that_cannot_read_them_keeps_all(fault: str, monkeypatch: pytes
     with pytest.warns(UserWarning, match="the layers' weights stay on the device.*more memory than planned"):
         undo = planned(model).apply(model)
     same(step(model, ids()), want)
+    assert not nf4.SOURCES
     undo()
-    assert addresses(model) == before
     acceleration.undo()
 
 
@@ -265,7 +265,7 @@ def test_other_ways_through_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_forwards_find_them_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     acceleration = accelerate(model)
-    want, before = step(model, ids()), addresses(model)
+    want = step(model, ids())
     model.eval()
     text = model.generate(input_ids=ids()[:, :4], max_new_tokens=5, do_sample=False)
     model.train()
@@ -292,7 +292,7 @@ def test_short_forwards_find_them_on_the_device(monkeypatch: pytest.MonkeyPatch)
     model.train()
     same(step(model, ids()), want)
     undo()
-    assert not set(addresses(model)) & {*there, *before}
+    assert not set(addresses(model)) & set(there)
     acceleration.undo()
 
 
