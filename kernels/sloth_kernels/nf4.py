@@ -64,6 +64,9 @@ class FourBit:
 class Source(Protocol):
     """Where the packed bytes of a weight are read from, in the place of its own memory."""
 
+    together: Any
+    """The same for weights of which one `read` is enough, if they are read together."""
+
     def packed(self) -> torch.Tensor:
         """The bytes (uint8), where they may be read by what the current stream is given next."""
 
@@ -512,7 +515,7 @@ class Extension:
         factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
         if programs:
             launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
-        for source in sources:
+        for source in {id(source.together): source for source in sources}.values():
             source.read()
         return True
 

@@ -324,8 +324,20 @@ class Running:
         try:
             if found and all(found):
                 at = [index for index, comes in enumerate(streamed) if comes]
-                self._weights = StreamedWeights(found, lambda number: self._offload.advance(at[number]))
-                self._streamed = streamed
+                number = {index: number for number, index in enumerate(at)}
+                side = self._offload.side(found[0][0].device)
+                made = StreamedWeights(
+                    found, None if side is None else side.stream, lambda n: self._offload.advance(at[n])
+                )
+                self._weights, self._streamed = made, streamed
+                alive = weakref.ref(made)
+
+                def step(index: int) -> None:
+                    weights = alive()
+                    if weights is not None and index in number:
+                        weights.reach(number[index])
+
+                self._offload.step = step
         except StaysError as error:
             why = str(error)
         if self._weights is None:
@@ -643,6 +655,8 @@ class _Entry:
         self.back: torch.Tensor | None = None
         self.missing = 0
         """Bytes of `back` whose copy has not been launched."""
+        self.gone: Any = None
+        """Behind the copy to the host, until one back has waited for it."""
         self.arrived: Any = None
         self.stream: Any = None
         """Where `back` was allocated, and will be freed."""
@@ -703,13 +717,13 @@ class _View(NamedTuple):
 
 
 class _Offload:
-    """Moves what layers save to pinned host memory and back, on a stream of its own.
+    """Moves what layers save to pinned host memory and back, on a stream for each way.
 
     On their way back are those of the layer that is wanted and of the one before. On a CPU copies are plain.
 
-    A device takes what comes from the host in the order in which it was launched and may begin, whatever the
-    stream. So that weights that come as well (`weights`) are not late, what has several layers' time is
-    launched in as many portions.
+    Weights come from the host as well (`weights`), on the same stream, since a device would not take copies
+    of two streams in turns. So that none is late, a layer's weights come before what the layers before it
+    have saved, and what has several layers' time comes in as many portions.
     """
 
     def __init__(self, norms: _Norms) -> None:
@@ -717,10 +731,12 @@ class _Offload:
         self.streamed: tuple[bool, ...] = ()
         """Whether each layer's weights come from the host."""
         self._queue: deque[_Entry] = deque()
+        self.step: Callable[[int], None] = lambda index: None
+        """Called with a layer whose backward begins: the next one's weights begin to come."""
         self._portion = self._behind = 0
         self._leaving: deque[_Block] = deque()
         self._last: weakref.ref[_Block] | None = None
-        self._sides: dict[torch.device, _Side] = {}
+        self._sides: dict[tuple[torch.device, bool], _Side] = {}
         self._parameters: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 
     def drain(self, left: int = 0) -> None:
@@ -740,6 +756,7 @@ class _Offload:
     def _start(self, ref: weakref.ref[_Block], index: int, grad: torch.Tensor) -> None:
         block = ref()
         if block is not None and not block.wanted:
+            self.step(index)
             self._prepare(block, index)
 
     def _fetch(self, entries: Iterable[_Entry]) -> None:
@@ -753,7 +770,7 @@ class _Offload:
         """Give places on the device to those that have none."""
         for entry in entries:
             if entry.back is None:
-                side = self._side(entry.device)
+                side = self.side(entry.device)
                 entry.back = torch.empty(entry.host.numel(), dtype=torch.uint8, device=entry.device)
                 entry.missing = entry.host.numel()
                 entry.stream = None if side is None else side.current
@@ -762,7 +779,7 @@ class _Offload:
         """Launch the copies of what is missing of these, or of `most` bytes of that."""
         missing = [entry for entry in entries if entry.missing]
         for device in dict.fromkeys(entry.device for entry in missing):
-            side = self._side(device)
+            side = self.side(device)
             with contextlib.nullcontext() if side is None else side.after_current():
                 for entry in missing:
                     if entry.device != device or most == 0:
@@ -776,6 +793,9 @@ class _Offload:
         begin = entry.host.numel() - entry.missing
         size = entry.missing if most is None else min(most, entry.missing)
         part = slice(begin, begin + size)
+        if entry.gone is not None and side is not None:
+            side.stream.wait_event(entry.gone)
+            entry.gone = None
         entry.back[part].copy_(entry.host[part], non_blocking=side is not None)
         entry.missing -= size
         if side is not None:
@@ -833,7 +853,8 @@ class _Offload:
             key = (storage.data_ptr(), storage.nbytes(), tensor._version)
             entry = block.entries.get(key)
             if entry is None:
-                entry = block.entries[key] = _Entry(_whole(tensor, storage), self._side(tensor.device))
+                side = self.side(tensor.device, out=True)
+                entry = block.entries[key] = _Entry(_whole(tensor, storage), side)
             entry.users += 1
             entry.left = entry.users
             return _View(
@@ -854,6 +875,7 @@ class _Offload:
                 earlier = None if block.before is None else block.before()
                 block.wanted = True
                 self._fetch(reversed(block.entries.values()))
+                self.step(block.index)
                 if earlier is not None:
                     self._prepare(earlier, block.index)
             self._fetch((entry,))
@@ -870,16 +892,19 @@ class _Offload:
                 yield
         finally:
             if device:
-                side = self._side(device[0])
+                side = self.side(device[0], out=True)
                 block.copied = None if side is None else side.stream.record_event()
+                for entry in block.entries.values():
+                    entry.gone = block.copied
                 self._leaving.append(block)
 
-    def _side(self, device: torch.device) -> _Side | None:
+    def side(self, device: torch.device, *, out: bool = False) -> _Side | None:
+        """A device's stream for what comes from the host or, `out`, leaves for it."""
         if device.type != "cuda":
             return None
-        if device not in self._sides:
-            self._sides[device] = _Side(device)
-        return self._sides[device]
+        if (device, out) not in self._sides:
+            self._sides[device, out] = _Side(device)
+        return self._sides[device, out]
 
 
 def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:

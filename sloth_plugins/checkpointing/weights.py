@@ -66,14 +66,18 @@ def _expanded_here(module: nn.Module) -> list[nn.Parameter]:
 class StreamedWeights:
     """The packed weights of some layers in pinned host memory, until `restore()`.
 
-    layers: the weights of each, in the order of a forward; of `movable_weights`. advance: called at each step
+    layers: the weights of each, in the order of a forward; of `movable_weights`. stream: for the copies from
+    the host; None for one of its own. advance: called at each step
     to another of these layers, with its place among them, once the copy for the next one is launched. Raises
     StaysError, with all of them as they were, where memory can't be pinned, the device can't read it there,
     or reads other bytes.
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[nn.Parameter]], advance: Callable[[int], None] = lambda index: None
+        self,
+        layers: Sequence[Sequence[nn.Parameter]],
+        stream: Any = None,
+        advance: Callable[[int], None] = lambda index: None,
     ) -> None:
         self._advance = advance
         self.device = layers[0][0].device
@@ -93,13 +97,16 @@ class StreamedWeights:
                 raise StaysError("the device has no room for those that are on their way") from error
             raise
         self._slots = [_Slot(place) for place in places]
+        self._streams: dict[int, Any] = {}
         self._at: int | None = None
         """The layer whose weights were read last."""
-        self._side: Any = None
-        if self.device.type == "cuda":
+        self._side = stream
+        if stream is None and self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._sources = [
-            _Source(weakref.ref(self), index, self._slots[index % len(self._slots)].place[part], weight)
+            _Source(
+                weakref.ref(self), layer, index, self._slots[index % len(self._slots)].place[part], weight
+            )
             for index, layer in enumerate(self._layers)
             for part, weight in zip(layer.parts, layer.weights, strict=True)
         ]
@@ -124,18 +131,44 @@ class StreamedWeights:
         addresses = (view.data_ptr() for layer in self._layers for view in layer.views)
         SOURCES.update(zip(addresses, self._sources, strict=True))
 
-    def reach(self, index: int) -> _Slot:
-        """The place where the current stream finds a layer's bytes. Others begin to come."""
+    def reach(self, index: int) -> None:
+        """A layer's weights are about to be read, or its backward begins. The next ones begin to come."""
+        if index == self._at:
+            return
+        before, self._at = self._at, index
+        self._load(index)
+        step = 1 if before is None or index > before else -1
+        for far in range(1, len(self._slots)):
+            self._load(index + step * far)
+        self._advance(index)
+
+    def slot_of(self, index: int) -> _Slot:
+        """Where a layer's bytes are, for what the current stream is given next."""
+        self.reach(index)
         slot = self._slots[index % len(self._slots)]
-        if index != self._at:
-            before, self._at = self._at, index
-            self._load(index)
-            step = 1 if before is None or index > before else -1
-            for far in range(1, len(self._slots)):
-                self._load(index + step * far)
-            self._advance(index)
-        slot.wait(self.device)
+        if slot.filled is not None:
+            stream = self._current
+            if stream.cuda_stream not in slot.waited:
+                stream.wait_event(slot.filled)
+                slot.waited.add(stream.cuda_stream)
         return slot
+
+    def read(self, slot: _Slot) -> None:
+        """What reads a place has been launched on the current stream."""
+        if slot.filled is not None:
+            stream = self._current
+            event = slot.readers.get(stream.cuda_stream)
+            if event is None:
+                event = slot.readers[stream.cuda_stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+
+    @property
+    def _current(self) -> Any:
+        """The device's current stream: as torch.cuda.current_stream(), in less time."""
+        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if raw not in self._streams:
+            self._streams[raw] = torch.cuda.current_stream(self.device)
+        return self._streams[raw]
 
     def again(self, index: int) -> None:
         """A layer's bytes were written to: what has come of them is old."""
@@ -282,37 +315,22 @@ class _Slot:
         self.readers: dict[int, Any] = {}
         """Of each stream that reads the place, an event behind what reads it."""
 
-    def wait(self, device: torch.device) -> None:
-        """Let the current stream wait for the copy."""
-        if self.filled is not None:
-            stream = torch.cuda.current_stream(device)
-            if stream.cuda_stream not in self.waited:
-                stream.wait_event(self.filled)
-                self.waited.add(stream.cuda_stream)
-
-    def read(self) -> None:
-        """What reads the place has been launched on the current stream."""
-        if self.filled is not None:
-            stream = torch.cuda.current_stream(self.place.device)
-            event = self.readers.get(stream.cuda_stream)
-            if event is None:
-                event = self.readers[stream.cuda_stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-
 
 class _Source:
     """Where one weight's bytes are on the device when its layer is reached (`sloth_kernels.nf4.Source`)."""
 
-    __slots__ = ("__weakref__", "_bytes", "_index", "_owner", "_slot", "_version", "_weight")
+    __slots__ = ("__weakref__", "_bytes", "_index", "_owner", "_slot", "_version", "_weight", "together")
 
     def __init__(
         self,
         owner: weakref.ref[StreamedWeights],
+        layer: _Layer,
         index: int,
         place: torch.Tensor,
         weight: weakref.ref[nn.Parameter],
     ) -> None:
         self._owner, self._index, self._bytes, self._weight = owner, index, place, weight
+        self.together = layer
         self._slot: _Slot | None = None
         self._version = self._written()
 
@@ -328,10 +346,11 @@ class _Source:
         if (version := self._written()) != self._version:  # as load_state_dict() does
             self._version = version
             owner.again(self._index)
-        self._slot = owner.reach(self._index)
+        self._slot = owner.slot_of(self._index)
         return self._bytes
 
     def read(self) -> None:
         """They are being read."""
-        if self._slot is not None:
-            self._slot.read()
+        owner = self._owner()
+        if self._slot is not None and owner is not None:
+            owner.read(self._slot)
