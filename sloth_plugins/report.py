@@ -141,6 +141,9 @@ class Report:
                 text += f"; peak predicted {plan['predicted_peak_bytes'] / 2**30:.2f} GiB"
                 if "measured_peak_bytes" in plan:
                     text += f", measured {plan['measured_peak_bytes'] / 2**30:.2f} GiB"
+                elif "earlier_peak_bytes" in plan:
+                    earlier = f"{plan['earlier_peak_bytes'] / 2**30:.2f} GiB"
+                    text += f", measured less than the {earlier} before weights were moved to host memory"
             yield Text(text)
         if any(any(counts.values()) for counts in self.head.values()):
             yield Text(f"head: {self.head_line()}")

@@ -957,6 +957,11 @@ def allocated_bytes(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that tensors took of a GPU; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def planned_for_bytes(model: nn.Module, device: torch.device) -> int:
     """What is on the device already of that for which a plan has room beside the weights: the trained
     parameters' gradients, and the state of whichever of the process's optimizers has them."""
@@ -1023,6 +1028,7 @@ class Automatic:
         self.trained = weakref.ref(trained) if trained is not None else lambda: None
         self.plan: CheckpointPlan | None = None
         self.left = self.observed = False
+        self.earlier: int | None = None
         self.seen: Shape | None = None
         self.model = weakref.ref(model)
         self.record.update({"chosen": "to be planned at the first batch", "plans": 0})
@@ -1147,8 +1153,15 @@ class Automatic:
                     warnings.warn(f"sloth: checkpointing is left to the trainer: {error!r}", stacklevel=2)
         elif self.running.begin():
             self._say_why()
-        if self.device.type == "cuda":
-            self.record["measured_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self._measure()
+
+    def _measure(self) -> None:
+        """The peak so far into the record, but for one from before the plan has moved weights to the host."""
+        if (peak := peak_bytes(self.device)) is None:
+            return
+        for name in ("measured_peak_bytes", "earlier_peak_bytes"):
+            self.record.pop(name, None)
+        self.record["earlier_peak_bytes" if peak == self.earlier else "measured_peak_bytes"] = peak
 
     def _plan(self, shape: Shape) -> None:
         if self.seen is not None:  # room for the longest row and for the most tokens that were seen
@@ -1232,6 +1245,8 @@ class Automatic:
 
     def _use(self, chosen: CheckpointPlan) -> None:
         self.plan = chosen
+        if chosen.moved_bytes and not self.record["plans"]:
+            self.earlier = peak_bytes(self.device)
         self.running.use(chosen)
         stays = [*filter(None, (self.running.embeddings_stay, self.running.weights_stay))]
         if stays:  # they are not asked again

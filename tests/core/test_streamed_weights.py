@@ -458,6 +458,22 @@ def test_a_budget_is_planned_without_them_where_they_cannot_move(monkeypatch: py
     assert any("need at least" in str(w.message) for w in caught)
 
 
+def test_a_peak_from_before_weights_have_moved_is_not_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, peak = llama(layers=8), [1000]
+    with accelerate(model):
+        least, stay = budgets(model)
+    monkeypatch.setattr(execute, "peak_bytes", lambda device: peak[0])
+    with accelerate(model, memory_budget_bytes=(least + stay) // 2) as acceleration:
+        step(model, ids())
+        text = str(acceleration.report)
+        assert "measured_peak_bytes" not in acceleration.report.checkpointing
+        assert "measured less than the 0.00 GiB before weights were moved" in " ".join(text.split())
+        for peak[0] in (2000, 500):  # a step took more; somebody began to count anew
+            step(model, ids())
+            assert acceleration.report.checkpointing["measured_peak_bytes"] == peak[0]
+            assert "measured less" not in str(acceleration.report)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("option", OPTIONS)
 def test_on_a_gpu(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
