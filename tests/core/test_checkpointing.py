@@ -121,135 +121,228 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
 # The planner
 
 
-def by_hand(layers: tuple[str, ...], facts: ModelFacts, shape: Shape, way: Any) -> int:
+# What of an 8B layer's weights is packed in 4 bits.
+PACKED = (4096 * (4096 + 2 * 1024) + 4096**2 + 3 * 4096 * 14336) // 2
+
+
+def fixed_by_hand(facts: ModelFacts, way: Any) -> int:
+    """What is there all the time: weights in host memory are not, but for places for those of two layers."""
+    return fixed_bytes(facts) - way[2] * facts.movable_bytes - max(0, way[3] - 2) * PACKED
+
+
+def by_hand(layers: tuple[str, ...], facts: ModelFacts, shape: Shape, way: Any, lead: int) -> int:
     """The peak of a plan, layer by layer."""
-    tiles, norms, on_host = way
-    options = costs(facts, shape, H200, tiles, norms).options
+    return fixed_by_hand(facts, way) + above(layers, facts, shape, way[0], way[1], lead)[0]
+
+
+@functools.cache
+def options_of(facts: ModelFacts, shape: Shape, tiles: int, norms: bool) -> dict[str, Any]:
+    return costs(facts, shape, H200, tiles, norms).options
+
+
+def above(
+    layers: tuple[str, ...], facts: ModelFacts, shape: Shape, tiles: int, norms: bool, lead: int
+) -> tuple[int, list[int]]:
+    """The peak of a plan above what is there all the time; how much below it each layer's forward is without
+    others' copies."""
+    options = options_of(facts, shape, tiles, norms)
     leaves = [options[name].host_bytes for name in layers]
     away = [index for index, size in enumerate(leaves) if size]
-    base = fixed_bytes(facts) - on_host * facts.movable_bytes + facts.shared_bytes(shape)
-    n, held, rows = len(layers), base, []
+    n, held, rows, alone = len(layers), facts.shared_bytes(shape), [facts.gradient_bytes], []
+    rows[0] += held
     for index, name in enumerate(layers):
-        rows.append(held + options[name].kept_bytes + leaves[index])
-        rows[-1] += sum(leaves[i] for i in under_way(leaves, index))
-        rows[-1] += options[name].forward_bytes + shape.tokens * facts.hidden * facts.stream_bytes
+        alone.append(held + options[name].kept_bytes + leaves[index])
+        alone[-1] += options[name].forward_bytes + shape.tokens * facts.hidden * facts.stream_bytes
+        rows.append(alone[-1] + sum(leaves[i] for i in under_way(leaves, index)))
         held += options[name].kept_bytes
     rows.append(held + facts.ends_bytes(shape) + facts.head_bytes(shape))
-    work, done = facts.ends_bytes(shape) + facts.workspace_bytes(shape, tiles, norms), 0
+    work, done = facts.workspace_bytes(shape, tiles, norms), 0
+    work += 0 if facts.fused_mlp else facts.ends_bytes(shape)
     for index, name in reversed([*enumerate(layers)]):
-        coming = [leaves[i] for i in away if i < index and index <= away[-1] + 1][-1:]
+        coming = [leaves[i] for i in away if i < index and index <= away[-1] + lead][-1:]
         rows.append(held + options[name].passing_bytes + work + done + sum(coming))
         held -= options[name].kept_bytes
         done += facts.gradient_bytes // n
-    return max(*rows, base + facts.gradient_bytes)
+    return max(rows), [max(rows) - size for size in alone]
 
 
-def under_way(leaves: list[int], index: int) -> list[int]:
-    """Whose copies may be under way when a layer begins: with its own, the bytes of two of the largest."""
+def under_way(leaves: list[int], index: int, room: int = 0) -> list[int]:
+    """Whose copies may be under way when a layer begins: with its own, the bytes of two of the largest, or
+    those for which there is room; of 8 layers at most."""
     n, away = len(leaves), [i for i, size in enumerate(leaves) if size]
-    most = n - 1 - index if away and index > min(away[-1], n - 2) else n
+    most = n - 1 - index if away and index > min(away[-1], n - 2) else 8
     found: list[int] = []
     for i in reversed([i for i in away if i < index]):
-        if len(found) == most or sum(leaves[j] for j in (*found, i, index)) > 2 * max(leaves):
+        size = sum(leaves[j] for j in (*found, i))
+        if len(found) == min(most, 8) or size > max(room, 2 * max(leaves) - leaves[index]):
             break
         found.append(i)
     return found
 
 
-def followed(layers: tuple[str, ...], cost: Any, rates: Rates) -> float:
+def followed(
+    layers: tuple[str, ...], cost: Any, rates: Rates, room: list[int], lead: int, streamed: int
+) -> float:
     """The seconds of a step that layers and copies take, one by one."""
     options, n = cost.options, len(layers)
     leaves = [options[name].host_bytes for name in layers]
     away = [index for index, size in enumerate(leaves) if size]
     whole, mlp_less = (options[name].host_bytes for name in ("offload", "recompute_mlp_offload"))
-    now = link = 0.0
+    # The weights of `streamed` layers, evenly from the end on, take turns in two places.
+    come = [index for index in range(n) if (index + 1) * streamed // n > index * streamed // n]
+    assert len(come) == streamed
+    a_copy = PACKED / rates.from_host_gb_s / 1e9
+    now = link = there = 0.0
     out: dict[int, float] = {}
+    expanded: dict[int, float] = {}
     for index, size in enumerate(leaves):
-        here = under_way(leaves, index)
+        here = under_way(leaves, index, room[index])
         now = max([now, *(out[i] for i in away if i < index and i not in here)])
+        if index in come:
+            if index in come[2:]:  # with 0.85 of the rate, since others leave at the same time
+                there = max(there, expanded[come[come.index(index) - 2]]) + a_copy / 0.85
+                now = max(now, there)
+            expanded[index] = now + 0.75 * cost.forward_s
         if size:
             link = max(link, now + cost.forward_s / 4) + size / rates.to_host_gb_s / 1e9
             link = out[index] = max(link, now + cost.forward_s)
         now += cost.forward_s
     now = max(now, link) + cost.rest_s
-    begins: dict[int, float] = {}
+    front: dict[int, float] = {}
     back: dict[int, float] = {}
+    weights: dict[int, float] = {}
+    there = 0.0
     for index, name in reversed([*enumerate(layers)]):
-        before = [i for i in away if i < index][-1:]
-        comes = [index, *before] if index in away else []
-        if away and index == away[-1] + 1:
-            comes = away[-1:]
+        comes = [index, *[i for i in away if i < index][-1:]] if index in away else []
+        if away and index == min(away[-1] + lead, n - 1):
+            comes = [away[-1], *comes]
         for i in comes:
             if i not in back:
-                begins[i] = max(link, now)
-                link = back[i] = begins[i] + leaves[i] / rates.from_host_gb_s / 1e9
-        if index in away:
-            first = (whole - mlp_less) / whole if name == "offload" else 1
-            now = max(now, begins[index] + first * (back[index] - begins[index]))
+                first = (whole - mlp_less) / whole if layers[i] == "offload" else 1
+                begin, takes = max(link, now), leaves[i] / rates.from_host_gb_s / 1e9
+                front[i], back[i] = begin + first * takes, begin + takes
+                link = back[i]
+        now = max(now, front.get(index, 0), weights.get(index, 0))
         run = cost.backward_s + cost.tiled_s + options[name].recompute_s
         now += run
         if index in away:
             now = max(now, back[index] + 0.35 * run)
+        if index in come[2:]:  # ahead of all that is still to come of tensors
+            there = weights[come[come.index(index) - 2]] = max(there, now) + a_copy
+            link = max(link, now) + a_copy
+            for times in (front, back):
+                times |= {i: time + a_copy for i, time in times.items() if time > now}
     return now - n * (cost.forward_s + cost.backward_s) - cost.rest_s
 
 
-def arranged(counts: dict[str, int]) -> tuple[str, ...]:
-    """Counts as layers: offloaded ones evenly, the smaller ones of them evenly, from the first on."""
+def arranged(counts: dict[str, int], gap: int) -> tuple[str, ...]:
+    """Counts as layers: offloaded ones evenly, the smaller ones of them evenly, from the first on; the last
+    `gap` are none of them."""
     n, both = sum(counts.values()), counts["recompute_mlp_offload"] + counts["offload"]
     order = ("recompute_offload", "recompute", "recompute_mlp", "keep")
     layers = [name for name in order for _ in range(counts[name])]
     smaller = counts["recompute_mlp_offload"]
     for index in range(both):
         before, until = (-(-k * smaller // both) for k in (index, index + 1))
-        layers.insert(index * n // both, "recompute_mlp_offload" if until > before else "offload")
+        at = index * (n - gap) // both
+        layers.insert(at, "recompute_mlp_offload" if until > before else "offload")
     return tuple(layers)
 
 
+def all_counts(layers: int, kinds: int) -> list[tuple[int, ...]]:
+    """All ways to share `layers` out among kinds."""
+    if kinds == 1:
+        return [(layers,)]
+    return [(k, *rest) for k in range(layers + 1) for rest in all_counts(layers - k, kinds - 1)]
+
+
 @functools.cache
-def all_plans(layers: int, vocab: int) -> list[tuple[Any, dict[str, int], int]]:
-    """(way, counts, the budget that it needs) of every plan."""
-    facts, shape, found = llama_8b(layers=layers, vocab=vocab, **QLORA), Shape(batch=2, seq=4096), []
-    ways = itertools.product([m for m in TILES if shape.tokens >= m * 512], (False, True), (False, True))
-    for way in ways:
-        fixed = fixed_bytes(facts) - way[2] * facts.movable_bytes
-        for numbers in itertools.product(range(layers + 1), repeat=len(OPTIONS)):
-            counts = dict(zip(OPTIONS, numbers, strict=True))
-            away = counts["offload"] + counts["recompute_mlp_offload"]
-            of_mlps = counts["recompute_mlp"] + counts["recompute_mlp_offload"]
-            if sum(numbers) == layers and away < layers and not (way[0] > 1 and of_mlps):
-                peak = by_hand(arranged(counts), facts, shape, way)
-                found.append((way, counts, peak + math.ceil((peak - fixed) * planner.MARGIN)))
+def all_plans(facts: ModelFacts, shape: Shape, allow: tuple[str, ...], most_tiles: int) -> list[Any]:
+    """(way without weights, (gap, lead), layers, bytes above those of all the time, room of each) of every
+    plan."""
+    n, found = facts.layers, []
+    most = max(1, n // 8)
+    ends = [(0, 1), *itertools.product(range(1, most + 1), repeat=2)]
+    tiles = [m for m in TILES if shape.tokens >= m * 512 and m <= most_tiles]
+    for numbers in all_counts(n, len(allow)):
+        counts = dict.fromkeys(OPTIONS, 0) | dict(zip(allow, numbers, strict=True))
+        away = counts["offload"] + counts["recompute_mlp_offload"]
+        of_mlps = counts["recompute_mlp"] + counts["recompute_mlp_offload"]
+        for gap, lead in ends:
+            if away > n - max(1, gap) or (gap and not away):
+                continue
+            layers = arranged(counts, gap)
+            for m, norms in itertools.product(tiles if not of_mlps else [1], (False, True)):
+                found.append(((m, norms), (gap, lead), layers, *above(layers, facts, shape, m, norms, lead)))
     return found
 
 
-def brute_force(facts: ModelFacts, shape: Shape, budget: int, rates: Rates) -> float | None:
-    """The shortest recomputation and waiting of all counts, one by one, by the module's formulas."""
-    n, best = facts.layers, None
+def at_the_end(layers: tuple[str, ...], cost: Any, rates: Rates) -> tuple[int, int]:
+    """Of how many layers at the end none is offloaded, so that the last copy has left before the forward is
+    over; how many layers before the last offloaded one what it wants first begins to come. An eighth at most."""
+    away = ("offload", "recompute_mlp_offload", "recompute_offload")
+    size, least = (cost.options[next(name for name in away if name in layers)].host_bytes,) * 2
+    if "offload" in layers:
+        least = size - cost.options["recompute_mlp_offload"].host_bytes
+    gap = size / rates.to_host_gb_s / 1e9 / cost.forward_s
+    lead = least / rates.from_host_gb_s / 1e9 / (cost.backward_s + cost.tiled_s)
+    most = max(1, len(layers) // 8)
+    return min(math.ceil(gap), most), min(max(1, math.ceil(lead)), most)
+
+
+@functools.cache
+def by_time(
+    facts: ModelFacts, shape: Shape, rates: Rates, allow: tuple[str, ...], most_tiles: int
+) -> list[Any]:
+    """(recomputation and waiting at least, the budget that it needs, ...) of every plan, by the module's
+    formulas; the fastest first."""
+    n, found = facts.layers, []
     cost_of = {way: costs(facts, shape, rates, *way) for way in itertools.product(TILES, (False, True))}
-    for way, counts, need in all_plans(facts.layers, facts.vocab):
-        if need > budget:
-            continue
-        cost = cost_of[way[:2]]
+    weights = sorted({0, *(w for w in (round(n / 2), n) if w > 2)})
+    for way, end, layers, peak, room in all_plans(facts, shape, allow, most_tiles):
+        cost = cost_of[way]
         o = cost.options
-        again = n * cost.tiled_s + sum(k * o[name].recompute_s for name, k in counts.items())
-        copied = sum(k * o[name].host_bytes for name, k in counts.items()) / 1e9
-        beside = (n - 1) / n
-        late = max(0.0, copied / rates.to_host_gb_s - n * cost.forward_s * beside)
-        late += max(0.0, copied / rates.from_host_gb_s - (n * cost.backward_s + again) * beside)
-        behind = cost.backward_s + cost.tiled_s if counts["recompute_offload"] < n else 0
-        first = max(o[name].host_bytes for name, k in counts.items() if k)
-        late += max(0.0, first / rates.from_host_gb_s / 1e9 - behind)
-        read = way[2] * facts.movable_bytes / facts.vocab * shape.tokens / rates.from_host_gb_s / 1e9
-        late += read
-        wholes = counts["recompute"] + counts["recompute_offload"]
+        if end != (0, 1) and end != at_the_end(layers, cost, rates):
+            continue
+        again = n * cost.tiled_s + sum(o[name].recompute_s for name in layers)
+        copied = sum(o[name].host_bytes for name in layers) / 1e9
+        behind = cost.backward_s + cost.tiled_s if layers.count("recompute_offload") < n else 0
+        first = max(o[name].host_bytes for name in layers)
+        first_late = max(0.0, first / rates.from_host_gb_s / 1e9 - behind)
+        wholes = layers.count("recompute") + layers.count("recompute_offload")
         launches = n * cost.host_backward_s + wholes * cost.host_again_s
         waits = max(0.0, n * (cost.host_forward_s - cost.forward_s))
         waits += max(0.0, launches - n * cost.backward_s - again)
-        late = max(late, waits)
-        if best is not None and again + late >= best:
-            continue
-        late = max(late, followed(arranged(counts), cost, rates) + read - again)
-        best = again + late if best is None else min(best, again + late)
+        margin = math.ceil(peak * planner.MARGIN)
+        for on_host, streamed in itertools.product((False, True), weights):
+            weights_s = max(0, streamed - 2) * PACKED / rates.from_host_gb_s / 1e9
+            late = max(0.0, copied / rates.to_host_gb_s - cost.forward_s * (n - 1))
+            late = max(late, weights_s - n * cost.forward_s)
+            back = (n * cost.backward_s + again) * (n - 1) / n
+            late += max(0.0, copied / rates.from_host_gb_s + weights_s - back) + first_late
+            read = on_host * facts.movable_bytes / facts.vocab * shape.tokens / rates.from_host_gb_s / 1e9
+            late = max(late + read, waits)
+            need = fixed_by_hand(facts, (*way, on_host, streamed)) + peak + margin
+            found.append((again + late, need, read, layers, cost, room, end[1], streamed))
+    return sorted(found, key=lambda row: row[0])
+
+
+def brute_force(
+    facts: ModelFacts,
+    shape: Shape,
+    budget: int,
+    rates: Rates,
+    allow: tuple[str, ...] = OPTIONS,
+    most_tiles: int = 64,
+) -> float | None:
+    """The shortest recomputation and waiting of all plans, one by one."""
+    best = None
+    for least, need, read, layers, cost, room, lead, streamed in by_time(facts, shape, rates, allow, most_tiles):
+        if best is not None and least >= best:
+            break
+        if need <= budget:
+            seconds = max(least, followed(layers, cost, rates, room, lead, streamed) + read)
+            best = seconds if best is None else min(best, seconds)
     return best
 
 
@@ -271,7 +364,7 @@ def test_no_plan_is_faster(
     budget = int(least + share * (most.peak_bytes + most.margin_bytes - least))
     made = plan(facts, shape, budget, KNOWN[gpu])
     assert made.peak_bytes + made.margin_bytes <= budget
-    assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way)
+    assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way, made.lead)
     want = brute_force(facts, shape, budget, KNOWN[gpu])
     assert made.recompute_s + made.stall_s == pytest.approx(want, rel=1e-9, abs=1e-12)
     if share == 0.01:
@@ -288,7 +381,7 @@ def test_the_timeline_has_the_peak(gpu: str, changes: dict[str, Any]) -> None:
     for more_gib in (0, 1, 3, 6, 12, 20):
         made = plan(facts, shape, least + more_gib * 2**30, KNOWN[gpu])
         assert made.peak_bytes == max(size for _, size in made.timeline())
-        assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way)
+        assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way, made.lead)
         assert sum(made.memory().values()) == made.peak_bytes + made.margin_bytes
         assert all(size >= 0 for size in made.memory().values())
 
