@@ -106,6 +106,7 @@ def simulated(lanes: Lanes, codes: Any, in_flight: Any, lead: Any) -> Any:
     starts = (newest[:, -1] + lead).clamp(max=layers - 1)
     always = torch.ones(plans, dtype=torch.bool)
     arrived: dict[int, Any] = {}
+    inward = torch.zeros(plans, dtype=torch.float64)
     for i in reversed(range(layers)):
         fetch(newest[:, -1], starts == i)
         fetch(torch.where(away[:, i], i, -1), always)
@@ -117,8 +118,8 @@ def simulated(lanes: Lanes, codes: Any, in_flight: Any, lead: Any) -> Any:
         now = now + run
         now = torch.where(away[:, i], now.maximum(back[:, i] + REST * run), now)
         if number.get(i, 0) >= SLOTS:  # before what is still to come of tensors, which comes in portions
-            arrived[streamed[number[i] - SLOTS]] = now + a_copy
+            inward = arrived[streamed[number[i] - SLOTS]] = inward.maximum(now) + a_copy
             link = link.maximum(now) + a_copy
             for times in (front, back):
-                times += a_copy * (times > now.unsqueeze(1))
+                times += a_copy * (times > now.unsqueeze(1)).double()
     return now
