@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sloth_plugins.checkpointing.plan import (
     smallest_budget_bytes,
 )
 from sloth_plugins.checkpointing.rates import KNOWN, Rates, cache_path, measure_rates, rates_for
+from sloth_plugins.checkpointing.streams import simulated
 
 LLAMA_8B: dict[str, Any] = {
     "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336,
@@ -337,7 +339,9 @@ def brute_force(
 ) -> float | None:
     """The shortest recomputation and waiting of all plans, one by one."""
     best = None
-    for least, need, read, layers, cost, room, lead, streamed in by_time(facts, shape, rates, allow, most_tiles):
+    for least, need, read, layers, cost, room, lead, streamed in by_time(
+        facts, shape, rates, allow, most_tiles
+    ):
         if best is not None and least >= best:
             break
         if need <= budget:
@@ -373,6 +377,52 @@ def test_no_plan_is_faster(
     assert made == plan(facts, shape, budget, KNOWN[gpu])
 
 
+SLOW_LINK = Rates(**{**H200.to_dict(), "to_host_gb_s": 20, "from_host_gb_s": 20})
+
+
+@pytest.mark.parametrize(
+    "rates", [H200, KNOWN["4090"], KNOWN["t4"], SLOW_LINK], ids=lambda r: f"{r.to_host_gb_s}"
+)
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.2, 0.3, 0.5])
+def test_no_plan_of_more_layers_is_faster(rates: Rates, share: float) -> None:
+    """Of those that may leave two layers at the end, and start the first copy back two layers ahead."""
+    facts, shape = llama_8b(layers=16, vocab=1000, **QLORA), Shape(batch=2, seq=4096)
+    allow = ("keep", "recompute", "recompute_mlp_offload", "offload")
+    chosen: dict[str, Any] = {"allow": allow, "tiles": (1,)}
+    least = smallest_budget_bytes(facts, shape, rates, **chosen)
+    most = plan(facts, shape, 2**40, rates, **chosen)
+    budget = int(least + share * (most.peak_bytes + most.margin_bytes - least))
+    made = plan(facts, shape, budget, rates, **chosen)
+    assert made.peak_bytes == by_hand(made.layers, facts, shape, made._way, made.lead)
+    want = brute_force(facts, shape, budget, rates, allow, 1)
+    assert made.recompute_s + made.stall_s == pytest.approx(want, rel=1e-9, abs=1e-12)
+    if share == 0.01:
+        assert brute_force(facts, shape, least - 1, rates, allow, 1) is None
+
+
+@pytest.mark.parametrize("gbs", [55.0, 25.0, 12.0, 2.0])
+def test_streams_are_followed_as_by_hand(gbs: float) -> None:
+    """Of any layers, also where a layer's weights take longer than the layer, and one waits for the other."""
+    facts, shape = llama_8b(layers=16, **QLORA), Shape(batch=1, seq=2048)
+    rates = Rates(**{**H200.to_dict(), "to_host_gb_s": gbs, "from_host_gb_s": gbs})
+    chance, some = random.Random(0), []
+    for _ in range(50):
+        few = chance.sample(OPTIONS, chance.randint(1, 3))
+        some.append((*chance.choices(few, k=15), "keep"))
+    for streamed, lead in itertools.product((0, 8, 16), (1, 2)):
+        way = planner._Way(1, False, False, streamed)
+        search = planner._Search(facts, shape, rates, None, way)
+        codes = torch.tensor([[OPTIONS.index(name) for name in layers] for layers in some])
+        leads = torch.full((len(some),), lead)
+        found = simulated(search.lanes, codes, search.memory.in_flight(codes, leads), leads)
+        cost = search.cost
+        for layers, seconds in zip(some, found.tolist(), strict=True):
+            _, room = above(layers, facts, shape, 1, False, lead)
+            more = seconds - 16 * (cost.forward_s + cost.backward_s) - cost.rest_s
+            want = followed(layers, cost, rates, room, lead, streamed)
+            assert more == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("gpu", ["h200", "4090"])
 @pytest.mark.parametrize("changes", [QLORA, {}, PLAIN, {"rank": 0}], ids=["qlora", "lora", "plain", "full"])
 def test_the_timeline_has_the_peak(gpu: str, changes: dict[str, Any]) -> None:
@@ -381,7 +431,9 @@ def test_the_timeline_has_the_peak(gpu: str, changes: dict[str, Any]) -> None:
     for more_gib in (0, 1, 3, 6, 12, 20):
         made = plan(facts, shape, least + more_gib * 2**30, KNOWN[gpu])
         assert made.peak_bytes == max(size for _, size in made.timeline())
-        assert made.peak_bytes - made.expanded_bytes == by_hand(made.layers, facts, shape, made._way, made.lead)
+        assert made.peak_bytes - made.expanded_bytes == by_hand(
+            made.layers, facts, shape, made._way, made.lead
+        )
         assert sum(made.memory().values()) == made.peak_bytes + made.margin_bytes
         assert all(size >= 0 for size in made.memory().values())
 
