@@ -105,8 +105,9 @@ def test_facts_of_a_model_are_those_of_its_config() -> None:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     facts = ModelFacts.from_model(model)
     same = ModelFacts.from_config(config, rank=0)
-    assert facts.replace(resident_bytes=None, embedding_bytes=None) == same
+    assert facts.replace(resident_bytes=None, embedding_bytes=None, packed_bytes=None) == same
     assert facts.embedding_bytes == same.movable_bytes == 0  # trained
+    assert facts.packed_bytes == same.layer_movable_bytes == 0
     assert facts.resident_bytes == sum(2 * p.numel() for p in model.parameters())
     with pytest.raises(ValueError, match=r"'mixtral': the memory of expert layers"):
         from transformers import MixtralConfig
@@ -450,10 +451,13 @@ def test_arithmetic_on_slower_cards_changes_the_plan() -> None:
     """An H200 computes too fast for its link: a third is offloaded. An RTX 4090 offloads most, a T4
     recomputes nothing; with a link a thousand times slower nobody offloads."""
     facts, shape, budget = llama_8b(**QLORA), Shape(batch=2, seq=2048), 10 * 2**30
-    of = {gpu: plan(facts, shape, budget, KNOWN[gpu]).layers for gpu in ("h200", "4090", "a10", "t4")}
+    of = {
+        gpu: plan(facts, shape, budget, KNOWN[gpu], weights=(False,)).layers
+        for gpu in ("h200", "4090", "a10", "t4")
+    }
     assert 8 <= of["h200"].count("offload") <= 14 and sum("recompute" in x for x in of["h200"]) > 8
     for gpu in ("4090", "a10", "t4"):
-        assert of[gpu].count("offload") > 22
+        assert of[gpu].count("offload") > 21
     assert set(of["t4"]) == set(of["a10"]) == {"keep", "offload"}
     slow = Rates(**{**H200.to_dict(), "to_host_gb_s": 0.05, "from_host_gb_s": 0.05})
     assert not any("offload" in name for name in plan(facts, shape, budget, slow).layers)
@@ -497,21 +501,161 @@ def test_embeddings_are_in_host_memory_where_the_step_gets_faster_or_only_then_f
 
 
 def test_the_smallest_budget_counts_with_embeddings_in_host_memory() -> None:
-    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
-    least, stay = (smallest_budget_bytes(llama_8b(**kind), shape, H200) for kind in (QLORA, STAYS))
+    facts, shape, stays = llama_8b(**QLORA), Shape(batch=2, seq=2048), {"weights": (False,)}
+    least, stay = (smallest_budget_bytes(llama_8b(**kind), shape, H200, **stays) for kind in (QLORA, STAYS))
     assert least == stay - facts.movable_bytes
-    assert smallest_budget_bytes(facts, shape, H200, embeddings=(False,)) == stay
+    assert smallest_budget_bytes(facts, shape, H200, embeddings=(False,), **stays) == stay
     with pytest.raises(ValueError, match=r"at least .* of which weights take 4\.5") as error:
-        plan(facts, shape, least - 2**20, H200)
+        plan(facts, shape, least - 2**20, H200, **stays)
     assert f"{-(-least // 2**20)} MiB" in str(error.value)
     none_left = smallest_budget_bytes(facts, shape, H200, host_bytes=0)
     assert none_left > stay and not plan(facts, shape, none_left, H200, host_bytes=0).embeddings_on_host
 
 
+def test_the_smallest_budget_counts_with_weights_in_host_memory() -> None:
+    """Those of 30 of 32 layers, since places for two are on the device, are 3120 MiB of an 8B model."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    assert facts.layer_movable_bytes == PACKED and 30 * PACKED == 3120 * 2**20
+    least, stay = (
+        smallest_budget_bytes(facts, shape, H200, weights=given) for given in ((False, True), (False,))
+    )
+    assert least == stay - 30 * PACKED
+    assert fixed_bytes(facts, True, 32) == fixed_bytes(facts) - facts.movable_bytes - 30 * PACKED
+    made = plan(facts, shape, least, H200)
+    assert made.weights_on_host == 32 and all(made.streamed) and made.embeddings_on_host
+    assert "weights of 32 in host memory" in str(made)
+    assert made.memory()["weights"] == facts.weights_bytes - facts.movable_bytes - 30 * PACKED
+    assert made.timeline()[-1][1] == made.moved_bytes * -1 + fixed_bytes(facts) + facts.gradient_bytes + (
+        facts.shared_bytes(shape)
+    )
+    with pytest.raises(ValueError, match=r"at least .* of which weights take 1\.50 GiB") as error:
+        plan(facts, shape, least - 2**20, H200)
+    assert f"{-(-least // 2**20)} MiB" in str(error.value)
+    for changes in ({"weights": "16bit"}, {"fused": False}, {"packed_bytes": 0}):
+        other = llama_8b(**{**QLORA, **changes})
+        assert not other.layer_movable_bytes and not other.moved_weights_bytes(32)
+        assert not plan(other, shape, smallest_budget_bytes(other, shape, H200), H200).weights_on_host
+    assert [facts.moved_weights_bytes(count) for count in (0, 1, 2, 3)] == [0, 0, 0, PACKED]
+    with pytest.raises(ValueError, match=r"weights=\(True,\): allowed are False"):
+        plan(facts, shape, 7 * 2**30, H200, weights=(True,))
+
+
+def test_weights_in_host_memory_are_host_memory() -> None:
+    """All of the layers' they take there, although the device has two layers' beside them."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    least = smallest_budget_bytes(facts, shape, H200)
+    for budget, count in ((least, 32), (10 * 2**30, 16)):
+        made = plan(facts, shape, budget, H200)
+        leave = sum(made.costs().options[name].host_bytes for name in made.layers)
+        assert made.weights_on_host == count == sum(made.streamed) and made.embeddings_on_host
+        assert made.host_bytes == leave + count * PACKED + facts.movable_bytes
+        assert made.expanded == 0
+    limit = 32 * PACKED - 1
+    held = plan(
+        facts, shape, smallest_budget_bytes(facts, shape, H200, host_bytes=limit), H200, host_bytes=limit
+    )
+    assert held.weights_on_host == 16 and held.host_bytes <= limit and held.budget_bytes > least
+    assert not plan(facts, shape, 10 * 2**30, H200, host_bytes=16 * PACKED - 1).weights_on_host
+    # Where all is kept they stay.
+    assert not plan(facts, shape, 2**40, H200).weights_on_host
+
+
+def test_a_forward_that_is_too_short_for_all_weights() -> None:
+    """256 tokens of an H200 with a quick host: weights take longer to come than their layer to run. Half of
+    them take half as long."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=1, seq=256)
+    rates = Rates(**{**H200.to_dict(), "host_us": 0.1})
+    cost = costs(facts, shape, rates)
+    each = PACKED / H200.from_host_gb_s / 1e9
+    assert each > 2 * (cost.forward_s + cost.backward_s)
+    made = {w: plan(facts, shape, 2**40, rates, weights=w, expanded=0) for w in ((False,), (False, True))}
+    assert made[(False,)] == made[(False, True)] and made[(False,)].stall_s < each
+    fixed = fixed_bytes(facts, True)
+    least = {w: smallest_budget_bytes(facts, shape, rates, weights=w) for w in made}
+    tight = plan(facts, shape, least[(False, True)], rates)
+    assert tight.weights_on_host == 32 and tight.peak_bytes < fixed
+    passes = 2 * 30 * each - 32 * (cost.forward_s + cost.backward_s)
+    assert tight.stall_s + tight.recompute_s > 0.9 * passes
+    some = plan(facts, shape, least[(False,)] - 10 * PACKED, rates)
+    assert some.weights_on_host == 16
+    assert 0.3 * tight.stall_s < some.stall_s < 0.6 * tight.stall_s
+    # The same tokens several times are long enough.
+    long = Shape(batch=2, seq=2048)
+    assert plan(facts, long, 7 * 2**30, H200).weights_on_host == 32
+
+
+def test_weights_stay_where_the_link_has_no_time_for_them() -> None:
+    """9 GiB hold an 8B model's on a T4, whose forward is filled with what leaves; an H200 is faster with
+    half of them in host memory. A link a thousand times slower brings none."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    made = plan(facts, shape, 9 * 2**30, KNOWN["t4"])
+    assert not made.weights_on_host and made.stall_s + made.recompute_s == 0
+    faster, stay = (plan(facts, shape, 9 * 2**30, H200, weights=w) for w in ((False, True), (False,)))
+    assert faster.weights_on_host == 16 and not stay.weights_on_host and faster.step_s < stay.step_s
+    slow = Rates(**{**H200.to_dict(), "to_host_gb_s": 0.05, "from_host_gb_s": 0.05})
+    for gib in (7, 9, 12):
+        assert not plan(facts, shape, gib * 2**30, slow).weights_on_host
+
+
+def test_a_gap_and_a_lead_give_long_copies_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 16 layers is offloaded as a whole, which takes the link more than two layers' forward and
+    backward; it is the last one of four."""
+    facts, shape = llama_8b(layers=16, **QLORA), Shape(batch=2, seq=4096)
+    rates = Rates(**{**H200.to_dict(), "to_host_gb_s": 30, "from_host_gb_s": 30})
+    search = planner._Search(facts, shape, rates, None, planner._Way(1, False, False, 0))
+    size, cost = int(search.memory.host[5]), search.cost
+    assert size / 30e9 > 2 * cost.forward_s and size / 30e9 > 2 * cost.backward_s
+    counts = planner._Counts(*(torch.tensor([k]) for k in (3, 0, 1, 3, 0, 0, 1)))
+    both = search._at_the_end(counts)
+    assert both.gap.tolist() == [0, 2] and both.lead.tolist() == [1, 2]
+    codes, n = both.placed(16), dict.fromkeys(OPTIONS, 0)
+    layers = [tuple(OPTIONS[code] for code in row) for row in codes.tolist()]
+    n |= {"recompute_mlp_offload": 3, "offload": 1, "keep": 12}
+    assert layers == [arranged(n, gap) for gap in (0, 2)]
+    assert [row.index("offload") for row in layers] == [12, 10]
+
+    def seconds(gap: int, lead: int) -> float:
+        row, leads = codes[gap // 2 :][:1], torch.tensor([lead])
+        return float(simulated(search.lanes, row, search.memory.in_flight(row, leads), leads))
+
+    assert seconds(2, 2) < seconds(2, 1) < seconds(0, 1)
+    assert seconds(0, 2) < seconds(0, 1)
+    assert seconds(0, 1) - seconds(2, 2) > 3 * cost.forward_s
+    # What comes earlier is there earlier.
+    one, two = (search.memory.timeline(codes[:1], torch.tensor([lead]))[2][0] for lead in (1, 2))
+    assert (two - one).tolist() == [size if index == 14 else 0 for index in range(16)]
+    # Whole plans gain by it, and never lose.
+    facts, shape, steps = llama_8b(**QLORA), Shape(batch=2, seq=2048), []
+    for _ in range(2):
+        steps.append([plan(facts, shape, gib * 2**30, H200, weights=(False,)).step_s for gib in (7, 9, 12)])
+        monkeypatch.setattr(planner._Search, "_at_the_end", lambda self, counts: counts)
+    assert all(with_both < without for with_both, without in zip(*steps, strict=True))
+
+
+def test_copies_are_under_way_in_memory_that_is_free_until_the_peak() -> None:
+    """Two of the largest layers' where there is none; the forward never takes more than the peak then."""
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    more = 0
+    for gib in (7, 9, 12, 16):
+        made = plan(facts, shape, gib * 2**30, H200)
+        options = made.costs().options
+        leaves = [options[name].host_bytes for name in made.layers]
+        _, room = above(made.layers, facts, shape, made.mlp_tiles, made.norms_again, made.lead)
+        assert made.in_flight == tuple(len(under_way(leaves, i, free)) for i, free in enumerate(room))
+        more += sum(made.in_flight) - sum(len(under_way(leaves, i)) for i in range(32))
+        assert max(size for name, size in made.timeline() if "forward" in name) <= made.peak_bytes
+    assert more > 20
+
+
 def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
-    """An 8B model: 6.8 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row."""
+    """An 8B model: 6.8 GiB for 2 x 2048 tokens, 24 GiB for 160,000 in a row; 3.7 and 21 GiB with weights in
+    host memory."""
     facts, short, long = llama_8b(**STAYS), Shape(batch=2, seq=2048), Shape(batch=1, seq=160_000)
-    for shape, budget in ((short, int(6.8 * 2**30)), (long, 24 * 2**30)):
+    for shape, budget in ((short, int(3.7 * 2**30)), (long, 21 * 2**30)):
+        assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
+        assert plan(facts, shape, budget, H200).mlp_tiles > 1
+    facts = llama_8b(**STAYS, packed_bytes=0)
+    for shape, budget in ((short, int(6.75 * 2**30)), (long, 24 * 2**30)):
         assert smallest_budget_bytes(facts, shape, H200, tiles=(1,)) > budget
         made = plan(facts, shape, budget, H200)
         assert made.mlp_tiles > 1 and f"MLPs in {made.mlp_tiles} tiles" in str(made)
@@ -527,14 +671,14 @@ def test_tiles_are_for_budgets_that_nothing_else_meets() -> None:
 def test_layers_whose_mlps_are_made_again_stand_beside_others() -> None:
     """8192 tokens in 10 GiB: the link has no room for gate and up of all layers, but for some."""
     facts, shape, budget = llama_8b(**QLORA), Shape(batch=1, seq=8192), 10 * 2**30
-    made = plan(facts, shape, budget, H200)
+    made = plan(facts, shape, budget, H200, weights=(False,))
     counts = {name: made.layers.count(name) for name in OPTIONS}
     assert counts["recompute_mlp_offload"] > 4 and counts["offload"] > 4 and made.mlp_tiles == 1
     assert f"{counts['recompute_mlp_offload']} recompute mlp offload" in str(made)
     classes = made.classes(made.layers.index("recompute_mlp_offload"))
     assert classes["gate_up"] == "recompute" and classes["qkv"] == "offload"
     without = [name for name in OPTIONS if name != "recompute_mlp_offload"]
-    assert plan(facts, shape, budget, H200, allow=without).step_s > made.step_s
+    assert plan(facts, shape, budget, H200, allow=without, weights=(False,)).step_s > made.step_s
     # Those that leave more lie evenly among those that leave less.
     away = [name for name in made.layers if name in ("offload", "recompute_mlp_offload")]
     half = len(away) // 2
@@ -554,7 +698,7 @@ def test_limits_on_host_memory_and_options() -> None:
 
 
 def test_a_budget_that_is_too_small_names_the_smallest() -> None:
-    facts, shape = llama_8b(**STAYS), Shape(batch=2, seq=2048)
+    facts, shape = llama_8b(**STAYS, packed_bytes=0), Shape(batch=2, seq=2048)
     with pytest.raises(
         ValueError, match=r"memory_budget_bytes=6\.00 GiB: 2 x 2048 tokens need at least"
     ) as error:
@@ -662,10 +806,16 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert CheckpointPlan.load(path) == made
     values = json.loads(path.read_text())
     for change, message in (
-        ({"version": 99}, "has version 99: allowed is 3"),
+        ({"version": 99}, "has version 99: allowed is 4"),
         ({"layers": ["keep"]}, f"one of {', '.join(OPTIONS)} for each of 32"),
         ({"layers": ["lose"] * 32}, "for each of 32 layers"),
         ({"facts": None}, "is no checkpointing plan"),
+        ({"weights_on_host": 33}, r"plan\.json': weights_on_host=33: allowed is 0 to 32, its layers$"),
+        ({"weights_on_host": -1}, r"weights_on_host=-1: allowed is 0 to 32, its layers$"),
+        ({"weights_on_host": "half"}, r"weights_on_host='half': allowed is 0 to 32, its layers$"),
+        ({"lead": 0}, r"plan\.json': lead=0: allowed is 1 to 32, its layers$"),
+        ({"lead": 33}, r"lead=33: allowed is 1 to 32, its layers$"),
+        ({"lead": None}, r"lead=None: allowed is 1 to 32, its layers$"),
     ):
         path.write_text(json.dumps({**values, **change}))
         with pytest.raises(ValueError, match=message):

@@ -726,18 +726,17 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
     monkeypatch.setattr(execute._Offload, "_start", started)
     loss = model(input_ids=ids(), labels=ids()).loss
     owner |= {id(e): i for i, ref in enumerate(blocks) for e in ref().entries.values()}
-    fetch, take = execute._Offload._fetch, execute._Entry.take
+    copy, take = execute._Offload._copy, execute._Entry.take
 
-    def fetched(self: Any, entries: Any) -> None:
-        entries = list(entries)
-        events.extend(("fetch", owner[id(entry)]) for entry in entries if entry.back is None)
-        fetch(self, entries)
+    def copied(entry: Any, side: Any, most: Any) -> Any:
+        events.append(("fetch", owner[id(entry)]))
+        return copy(entry, side, most)
 
     def taken(self: Any) -> torch.Tensor:
         events.append(("take", owner[id(self)]))
         return take(self)
 
-    monkeypatch.setattr(execute._Offload, "_fetch", fetched)
+    monkeypatch.setattr(execute._Offload, "_copy", staticmethod(copied))
     monkeypatch.setattr(execute._Entry, "take", taken)
     loss.backward()
     order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
