@@ -282,7 +282,7 @@ def all_plans(facts: ModelFacts, shape: Shape, allow: tuple[str, ...], most_tile
 
 def at_the_end(layers: tuple[str, ...], cost: Any, rates: Rates) -> tuple[int, int]:
     """Of how many layers at the end none is offloaded, so that the last copy has left before the forward is
-    over; how many layers before the last offloaded one what it wants first begins to come. An eighth at most."""
+    over; how many layers behind the last offloaded one its copy back begins. An eighth of all at most."""
     away = ("offload", "recompute_mlp_offload", "recompute_offload")
     size, least = (cost.options[next(name for name in away if name in layers)].host_bytes,) * 2
     if "offload" in layers:

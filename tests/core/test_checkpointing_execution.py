@@ -748,6 +748,34 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
     undo()
 
 
+def test_what_has_several_layers_time_comes_in_as_many_portions() -> None:
+    """One with the layer behind, and one with each layer between whose weights come as well."""
+    offload = execute._Offload(execute._Norms())
+    offload.streamed = (True, False, True, True, True)
+    earlier, behind = execute._Block(None, 0), execute._Block(None, 4)
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (50, 40)]
+    for number, source in enumerate(sources):
+        entry = earlier.entries[number, 0, 0] = execute._Entry(source, None)
+        entry.users = entry.left = 1
+    first, second = earlier.entries.values()
+    offload._prepare(earlier, behind)
+    # What was saved last comes first.
+    assert (first.missing, second.missing) == (50, 10)
+    offload.advance(4)  # that layer's own
+    assert (first.missing, second.missing) == (50, 10)
+    offload.advance(3)
+    assert (first.missing, second.missing) == (30, 0)
+    offload.advance(2)
+    assert (first.missing, second.missing) == (0, 0) and not offload._queue
+    assert all(torch.equal(e.take(), want) for e, want in zip((first, second), sources, strict=True))
+    # Who wants one earlier gets the rest at once.
+    offload._prepare(earlier, behind)
+    offload._fetch((first,))
+    assert not first.missing and torch.equal(first.take(), sources[0]) and second.missing
+    offload.drain()
+    assert not offload._queue
+
+
 def test_views_of_one_storage_leave_as_one_and_come_back_as_they_were() -> None:
     offload, seen = execute._Offload(execute._Norms()), []
 
