@@ -383,22 +383,16 @@ class CheckpointPlan:
                 f"{where} is no checkpointing plan ({type(error).__name__}: {error})"
             ) from error
         unknown = [name for name in made.layers if name not in OPTIONS]
-        if not isinstance(made.expanded, int) or not 0 <= made.expanded <= made.facts.layers:
-            raise BadInputError(
-                f"{where}: expanded={made.expanded!r}: allowed is 0 to {made.facts.layers}, its layers"
-            )
+        for name, least in (("expanded", 0), ("lead", 1), ("weights_on_host", 0)):
+            count = getattr(made, name)
+            whole = isinstance(count, int) and not isinstance(count, bool)
+            if not whole or not least <= count <= made.facts.layers:
+                raise BadInputError(
+                    f"{where}: {name}={count!r}: allowed is {least} to {made.facts.layers}, its layers"
+                )
         if not isinstance(made.embeddings_on_host, bool):
             raise BadInputError(
                 f"{where}: embeddings_on_host={made.embeddings_on_host!r}: allowed are true and false"
-            )
-        if not isinstance(made.lead, int) or not 1 <= made.lead <= made.facts.layers:
-            raise BadInputError(
-                f"{where}: lead={made.lead!r}: allowed is 1 to {made.facts.layers}, its layers"
-            )
-        if not isinstance(made.weights_on_host, int) or not 0 <= made.weights_on_host <= made.facts.layers:
-            raise BadInputError(
-                f"{where}: weights_on_host={made.weights_on_host!r}: allowed is 0 to {made.facts.layers}, "
-                "its layers"
             )
         if unknown or len(made.layers) != made.facts.layers:
             raise BadInputError(
@@ -594,6 +588,8 @@ def _in_flight(host: Any, room: Any = None) -> tuple[Any, Any]:
     for _ in range(MOST_IN_FLIGHT):
         more = torch.where(index < 0, 0, host.gather(1, index.clamp(min=0)))
         fits = (index >= 0) & (count < most) & (size + more <= room)
+        if not fits.any():
+            break
         count, size = count + fits.long(), size + more * fits
         index = torch.where(fits, before.gather(1, index.clamp(min=0)), -1)
     return count, size
@@ -624,6 +620,11 @@ class _Memory:
         """(forward of each layer, head, backward of each layer, optimizer); codes: (plans, layers), where in
         OPTIONS each layer's is; lead: (plans,), see CheckpointPlan. Of the first layers alone, nothing is
         more than with all of them."""
+        alone, copies, *others = self._rows(codes, lead)
+        return alone + copies, *others
+
+    def _rows(self, codes: Any, lead: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """As `timeline`, with each layer's forward in two parts: alone, and copies under way beside it."""
         import torch
 
         kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]
@@ -632,13 +633,13 @@ class _Memory:
         held = base + kept.cumsum(1) - kept
         newest = torch.where(host > 0, at, -1).cummax(1).values
         before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
-        forward = held + kept + host + _in_flight(host)[1] + self.forward[codes]
+        alone = held + kept + host + self.forward[codes]
         head = base + kept.sum(1) + self.head
         coming = torch.where(before < 0, 0, host.gather(1, before.clamp(min=0)))
         coming = coming * (at <= newest[:, -1:] + lead.unsqueeze(1))
         done = (self.layers - 1 - at) * self.a_gradient
         backward = held + kept + passing + self.work + coming + done
-        return forward, head, backward, torch.full_like(head, base + self.gradients)
+        return alone, _in_flight(host)[1], head, backward, torch.full_like(head, base + self.gradients)
 
     def in_flight(self, codes: Any, lead: Any) -> Any:
         """Of how many layers the copies may be under way when each begins, also in memory that is free until
@@ -647,19 +648,27 @@ class _Memory:
 
     def _with_in_flight(self, codes: Any, lead: Any) -> tuple[Any, Any]:
         """(`in_flight`, what each layer's forward takes with it)."""
-        host = self.host[codes]
-        alone = self.timeline(codes, lead)[0] - _in_flight(host)[1]
-        count, size = _in_flight(host, self.peak(codes, lead).unsqueeze(1) - alone)
+        peak, alone = self.peak_and_alone(codes, lead)
+        count, size = self.in_room(codes, peak, alone)
         return count, alone + size
+
+    def in_room(self, codes: Any, peak: Any, alone: Any) -> tuple[Any, Any]:
+        """(`in_flight`, how many bytes these are), of what `peak_and_alone` gives."""
+        return _in_flight(self.host[codes], peak.unsqueeze(1) - alone)
 
     def forwards(self, codes: Any, lead: Any) -> Any:
         """What is there at most in the forward of each layer, with all copies that may be under way."""
         return self._with_in_flight(codes, lead)[1]
 
+    def peak_and_alone(self, codes: Any, lead: Any) -> tuple[Any, Any]:
+        """(the most of the timeline, of each plan; what each layer's forward takes without other copies)."""
+        alone, copies, head, backward, optimizer = self._rows(codes, lead)
+        peak = (alone + copies).amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
+        return peak, alone
+
     def peak(self, codes: Any, lead: Any) -> Any:
         """The most of the timeline, of each plan."""
-        forward, head, backward, optimizer = self.timeline(codes, lead)
-        return forward.amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
+        return self.peak_and_alone(codes, lead)[0]
 
     def margin(self, peak: Any) -> Any:
         """What is left free on top of it."""
@@ -828,10 +837,11 @@ class _Search:
 
         host, again = self.memory.host, self.again_s(counts.mlps, counts.wholes)
         copied = counts.copied(host)
-        first = torch.where(counts.inputs > 0, host[3], 0)
-        first = torch.where(counts.mlps_away > 0, host[4], first)
-        first = torch.where(counts.offloaded > 0, host[5], first).double() / self.from_host
-        behind = self.cost.backward_s + self.cost.tiled_s
+        wanted = host.double() * self.lanes.first / self.from_host
+        first = torch.where(counts.inputs > 0, wanted[3], 0.0)
+        first = torch.where(counts.mlps_away > 0, wanted[4], first)
+        first = torch.where(counts.offloaded > 0, wanted[5], first)
+        behind = counts.lead * (self.cost.backward_s + self.cost.tiled_s)
         first = (first - (counts.inputs < self.layers).double() * behind).clamp(min=0)
         seconds, stall = self.times(again, counts.wholes, copied, first)
         work = again + copied.double() / self.to_host + self.read_s + self.weights_s
@@ -859,11 +869,11 @@ class _Search:
             weight_bytes=self.facts.layer_movable_bytes,
         )
 
-    def exactly(self, bound: Any, codes: Any, lead: Any) -> Any:
+    def exactly(self, bound: Any, codes: Any, lead: Any, in_flight: Any) -> Any:
         """Seconds beyond what any plan takes, layers and copies being followed one by one. bound: what `of`
-        says, which knows sums alone."""
+        says, which knows sums alone; in_flight: see `_Memory`."""
         cost, n = self.cost, self.layers
-        seconds = simulated(self.lanes, codes, self.memory.in_flight(codes, lead), lead) + self.read_s
+        seconds = simulated(self.lanes, codes, in_flight, lead) + self.read_s
         seconds = seconds - n * (cost.forward_s + cost.backward_s) - cost.rest_s
         return bound.maximum((seconds * 1e12).round() / 1e12)
 
@@ -1040,8 +1050,7 @@ class _Search:
         order = order[bound[order].argsort(stable=True)]
         start, size, found = 0, 32, None
 
-        def fit(codes: Any, lead: Any) -> Any:
-            peak = self.memory.peak(codes, lead)
+        def fit(peak: Any) -> Any:
             return peak + self.memory.margin(peak) <= budget
 
         while start < len(order) and self.followed < MOST_FOLLOWED:
@@ -1050,14 +1059,17 @@ class _Search:
                 break
             start, size = start + size, min(4 * size, 2048)
             if self.layers > 4 * FEW_LAYERS:
-                part = part[fit(counts.at(part).placed(self.layers, FEW_LAYERS), counts.lead[part])]
+                first = counts.at(part).placed(self.layers, FEW_LAYERS)
+                part = part[fit(self.memory.peak(first, counts.lead[part]))]
             codes = counts.at(part).placed(self.layers)
-            fits = fit(codes, counts.lead[part])
+            peak, alone = self.memory.peak_and_alone(codes, counts.lead[part])
+            fits = fit(peak)
             if not fits.any():
                 continue
             part, codes = part[fits], codes[fits]
             self.followed += len(part)
-            seconds = self.exactly(bound[part], codes, counts.lead[part])
+            in_flight, _ = self.memory.in_room(codes, peak[fits], alone[fits])
+            seconds = self.exactly(bound[part], codes, counts.lead[part], in_flight)
             at = int(torch.where(seconds == seconds.min(), work[part], torch.inf).argmin())
             key = float(seconds[at]), float(work[part[at]])
             if key < best:
@@ -1071,7 +1083,8 @@ class _Search:
         margin = self.memory.margin(peak)
         bound, _, _, copied = self.of(counts)
         again_s = float(self.again_s(counts.mlps, counts.wholes))
-        stall_s = max(0.0, float(self.exactly(bound, codes, counts.lead)) - again_s)
+        in_flight = self.memory.in_flight(codes, counts.lead)
+        stall_s = max(0.0, float(self.exactly(bound, codes, counts.lead, in_flight)) - again_s)
         cost = self.cost
         return CheckpointPlan(
             layers=tuple(OPTIONS[code] for code in codes[0].tolist()),

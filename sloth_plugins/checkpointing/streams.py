@@ -60,66 +60,63 @@ def simulated(lanes: Lanes, codes: Any, in_flight: Any, lead: Any) -> Any:
     import torch
 
     plans, layers = codes.shape
-    host, again = lanes.host[codes], lanes.again_s[codes]
-    away = host > 0
+    away = lanes.host[codes] > 0
     # Of each layer, what precedes it among those that are offloaded.
     newest = torch.where(away, torch.arange(layers), -1).cummax(1).values
     before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+    last, none = newest[:, -1], before.t() < 0
+    earlier = codes.gather(1, before.clamp(min=0)).t()
+    behind = codes.gather(1, last.clamp(min=0).unsqueeze(1))[:, 0]
+    starts = torch.where(last < 0, -1, (last + lead).clamp(max=layers - 1))
+    # A layer's are read together, so from here on all are (layers, plans).
+    codes, away = codes.t().contiguous(), away.t().contiguous()
+    leaves, again = lanes.host[codes] / lanes.to_host, lanes.again_s[codes]
+    number = away.long().cumsum(0) - away.long()  # of layers before it that are offloaded
+    waits = (number - in_flight.t()).clamp(min=0)
     now, link = (torch.zeros(plans, dtype=torch.float64) for _ in range(2))
-    out = torch.zeros(plans, layers, dtype=torch.float64)  # when the n-th copy to the host is over
-    count = torch.zeros(plans, 1, dtype=torch.long)
+    out = torch.zeros(layers + 1, plans, dtype=torch.float64)  # when so many copies to the host are over
     streamed = [i for i, comes in enumerate(lanes.weights) if comes]
-    number = {i: n for n, i in enumerate(streamed)}
+    rank = {i: n for n, i in enumerate(streamed)}
     inward = torch.zeros(plans, dtype=torch.float64)
     left: list[Any] = []  # when each of them has been expanded for the last time
     a_copy = lanes.weight_bytes / lanes.from_host
     for i in range(layers):
-        waits = count[:, 0] - in_flight[:, i] - 1
-        there = out.gather(1, waits.clamp(min=0).unsqueeze(1))[:, 0]
-        now = torch.where(waits < 0, now, now.maximum(there))
-        if i in number:
-            if number[i] >= SLOTS:
-                inward = inward.maximum(left[number[i] - SLOTS]) + a_copy / BOTH_WAYS
+        now = now.maximum(out.gather(0, waits[i : i + 1])[0])
+        if i in rank:
+            if rank[i] >= SLOTS:
+                inward = inward.maximum(left[rank[i] - SLOTS]) + a_copy / BOTH_WAYS
                 now = now.maximum(inward)
             left.append(now + EXPANDED_AFTER * lanes.forward_s)
-        end = link.maximum(now + SAVED_AFTER * lanes.forward_s) + host[:, i] / lanes.to_host
-        link = torch.where(away[:, i], end.maximum(now + lanes.forward_s), link)
-        out.scatter_(1, count, link.unsqueeze(1))
-        count = (count + away[:, i : i + 1].long()).clamp(max=layers - 1)
+        end = link.maximum(now + SAVED_AFTER * lanes.forward_s) + leaves[i]
         now = now + lanes.forward_s
+        link = torch.where(away[i], end.maximum(now), link)
+        out.scatter_(0, number[i : i + 1] + 1, link.unsqueeze(0))
     now = now.maximum(link) + lanes.between_s
 
-    # When what a layer's backward wants first has come, and when all has.
-    front, back = (torch.full((plans, layers), torch.inf, dtype=torch.float64) for _ in range(2))
-    wanted_first = lanes.first[codes] * host
-
-    def fetch(index: Any, wanted: Any) -> None:
-        nonlocal link
-        at = index.clamp(min=0).unsqueeze(1)
-        new = wanted & (index >= 0) & back.gather(1, at)[:, 0].isinf()
-        begin = link.maximum(now)
-        end = begin + host.gather(1, at)[:, 0] / lanes.from_host
-        early = begin + wanted_first.gather(1, at)[:, 0] / lanes.from_host
-        for times, value in ((front, early), (back, end)):
-            times.scatter_(1, at, torch.where(new, value, times.gather(1, at)[:, 0]).unsqueeze(1))
-        link = torch.where(new, end, link)
-
-    starts = (newest[:, -1] + lead).clamp(max=layers - 1)
-    always = torch.ones(plans, dtype=torch.bool)
+    # When what comes next has come as far as its layer's backward wants it first, and when all of it has.
+    front, back = (torch.zeros(plans, dtype=torch.float64) for _ in range(2))
+    share, all_of_it = lanes.first * lanes.host / lanes.from_host, lanes.host / lanes.from_host
+    early, late = (torch.where(none, 0.0, x[earlier]) for x in (share, all_of_it))
+    first_ones = set(starts.tolist())
     arrived: dict[int, Any] = {}
+    inward = torch.zeros(plans, dtype=torch.float64)
     for i in reversed(range(layers)):
-        fetch(newest[:, -1], starts == i)
-        fetch(torch.where(away[:, i], i, -1), always)
-        fetch(before[:, i], away[:, i])
-        now = torch.where(away[:, i], now.maximum(front[:, i]), now)
+        if i in first_ones:
+            begin, new = link.maximum(now), starts == i
+            front = torch.where(new, begin + share[behind], front)
+            back = torch.where(new, begin + all_of_it[behind], back)
+            link = torch.where(new, back, link)
+        here, begin = away[i], link.maximum(now)
+        now = torch.where(here, now.maximum(front), now)
         if i in arrived:
             now = now.maximum(arrived[i])
-        run = lanes.backward_s + again[:, i]
+        run = lanes.backward_s + again[i]
         now = now + run
-        now = torch.where(away[:, i], now.maximum(back[:, i] + REST * run), now)
-        if number.get(i, 0) >= SLOTS:  # before what is still to come of tensors, which comes in portions
-            arrived[streamed[number[i] - SLOTS]] = now + a_copy
+        now = torch.where(here, now.maximum(back + REST * run), now)
+        front, back = torch.where(here, begin + early[i], front), torch.where(here, begin + late[i], back)
+        link = torch.where(here, back, link)
+        if rank.get(i, 0) >= SLOTS:  # before what is still to come of tensors, which comes in portions
+            inward = arrived[streamed[rank[i] - SLOTS]] = inward.maximum(now) + a_copy
             link = link.maximum(now) + a_copy
-            for times in (front, back):
-                times += a_copy * (times > now.unsqueeze(1))
+            front, back = (torch.where(times > now, times + a_copy, times) for times in (front, back))
     return now

@@ -718,26 +718,25 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
     began: list[int] = []
     start = execute._Offload._start
 
-    def started(self: Any, ref: Any, grad: Any) -> None:
-        assert not events
-        start(self, ref, grad)
+    def started(self: Any, ref: Any, index: int, grad: Any) -> None:
+        assert not events and index == 3
+        start(self, ref, index, grad)
         began.extend({owner[id(e)] for e in ref().entries.values() if e.back is not None})
 
     monkeypatch.setattr(execute._Offload, "_start", started)
     loss = model(input_ids=ids(), labels=ids()).loss
     owner |= {id(e): i for i, ref in enumerate(blocks) for e in ref().entries.values()}
-    fetch, take = execute._Offload._fetch, execute._Entry.take
+    copy, take = execute._Offload._copy, execute._Entry.take
 
-    def fetched(self: Any, entries: Any) -> None:
-        entries = list(entries)
-        events.extend(("fetch", owner[id(entry)]) for entry in entries if entry.back is None)
-        fetch(self, entries)
+    def copied(entry: Any, side: Any, most: Any) -> Any:
+        events.append(("fetch", owner[id(entry)]))
+        return copy(entry, side, most)
 
     def taken(self: Any) -> torch.Tensor:
         events.append(("take", owner[id(self)]))
         return take(self)
 
-    monkeypatch.setattr(execute._Offload, "_fetch", fetched)
+    monkeypatch.setattr(execute._Offload, "_copy", staticmethod(copied))
     monkeypatch.setattr(execute._Entry, "take", taken)
     loss.backward()
     order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
@@ -747,6 +746,34 @@ def test_the_block_before_comes_with_the_first_tensor_of_each(monkeypatch: pytes
     assert order.index(("fetch", 0)) == order.index(("take", 1)) - 1  # with the first of layer 1's
     assert not any(event[0] == "fetch" for event in order[order.index(("take", 1)) + 1 :])
     undo()
+
+
+def test_what_has_several_layers_time_comes_in_as_many_portions() -> None:
+    """One with the layer behind, and one with each layer between whose weights come as well."""
+    offload = execute._Offload(execute._Norms())
+    offload.streamed = (True, False, True, True, True)
+    earlier, behind = execute._Block(None, 0), 4
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (50, 40)]
+    for number, source in enumerate(sources):
+        entry = earlier.entries[number, 0, 0] = execute._Entry(source, None)
+        entry.users = entry.left = 1
+    first, second = earlier.entries.values()
+    offload._prepare(earlier, behind)
+    # What was saved last comes first.
+    assert (first.missing, second.missing) == (50, 10)
+    offload.advance(4)  # that layer's own
+    assert (first.missing, second.missing) == (50, 10)
+    offload.advance(3)
+    assert (first.missing, second.missing) == (30, 0)
+    offload.advance(2)
+    assert (first.missing, second.missing) == (0, 0) and not offload._queue
+    assert all(torch.equal(e.take(), want) for e, want in zip((first, second), sources, strict=True))
+    # Who wants one earlier gets the rest at once.
+    offload._prepare(earlier, behind)
+    offload._fetch((first,))
+    assert not first.missing and torch.equal(first.take(), sources[0]) and second.missing
+    offload.drain()
+    assert not offload._queue
 
 
 def test_views_of_one_storage_leave_as_one_and_come_back_as_they_were() -> None:
