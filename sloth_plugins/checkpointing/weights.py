@@ -63,14 +63,19 @@ def _expanded_here(module: nn.Module) -> list[nn.Parameter]:
     return found
 
 
+def version(weight: torch.Tensor) -> int:
+    """How often a weight was written to in place."""
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights look at each call otherwise
+        return weight._version
+
+
 class StreamedWeights:
     """The packed weights of some layers in pinned host memory, until `restore()`.
 
     layers: the weights of each, in the order of a forward; of `movable_weights`. stream: for the copies from
-    the host; None for one of its own. advance: called at each step
-    to another of these layers, with its place among them, once the copy for the next one is launched. Raises
-    StaysError, with all of them as they were, where memory can't be pinned, the device can't read it there,
-    or reads other bytes.
+    the host; None for one of its own. advance: called at each step to another of these layers, with its place
+    among them, once the copy for the next one is launched. Raises StaysError, with all of them as they were,
+    where memory can't be pinned, the device can't read it there, or reads other bytes.
     """
 
     def __init__(
@@ -246,8 +251,9 @@ class _Layer:
             self.size += -(-size // ALIGNMENT) * ALIGNMENT
         self.host: Any = None
         self.views: list[torch.Tensor] = []
-        self.brought: list[int] = []
-        """Addresses on the device, while they are there for a while; 0 for those that are not."""
+        self.brought: list[tuple[int, int]] = []
+        """While they are on the device for a while: each one's address there and version; zeros for those
+        that are not."""
 
     @property
     def is_away(self) -> bool:
@@ -257,6 +263,7 @@ class _Layer:
             if (weight := ref()) is not None
         )
 
+    @torch.inference_mode(False)
     def move(self) -> None:
         """Copy them to the host, prove the copies and let the parameters have their storage there."""
         weights = [weight for ref in self.weights if (weight := ref()) is not None]
@@ -281,9 +288,10 @@ class _Layer:
         for weight, view in zip(weights, views, strict=True):
             weight.data = view
 
+    @torch.inference_mode(False)
     def back(self) -> None:
         """Give those that are in host memory bytes on the device."""
-        self.brought = self.brought or [0] * len(self.views)
+        self.brought = self.brought or [(0, 0)] * len(self.views)
         for index, (ref, view) in enumerate(zip(self.weights, self.views, strict=False)):
             weight = ref()
             if weight is None or weight.data_ptr() != view.data_ptr():
@@ -292,14 +300,20 @@ class _Layer:
             bytes_ = self.host[self.parts[index]]
             device.view(torch.uint8).view(-1).copy_(bytes_, non_blocking=True)
             weight.data = device
-            self.brought[index] = device.data_ptr()
+            self.brought[index] = device.data_ptr(), version(weight)
 
+    @torch.inference_mode(False)
     def away(self) -> None:
-        """Take back what `back` gave, but for those that have others' bytes since."""
-        for ref, view, address in zip(self.weights, self.views, self.brought, strict=False):
-            weight = ref()
-            if weight is not None and address and weight.data_ptr() == address:
-                weight.data = view
+        """Take back what `back` gave, but for those that have others' bytes since; what was written to it
+        meanwhile goes to the host."""
+        for index, (address, written) in enumerate(self.brought):
+            weight, view = self.weights[index](), self.views[index]
+            if weight is None or not address or weight.data_ptr() != address:
+                continue
+            if version(weight) != written:
+                own = weight.detach().view(torch.uint8).view(-1)
+                self.host[self.parts[index]].copy_(own, non_blocking=True)
+            weight.data = view
         self.brought = []
 
 
@@ -336,8 +350,7 @@ class _Source:
 
     def _written(self) -> int:
         weight = self._weight()
-        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights look at each call otherwise
-            return -1 if weight is None else weight._version
+        return -1 if weight is None else version(weight)
 
     def packed(self) -> torch.Tensor:
         """The bytes, once the layer's copy is there."""

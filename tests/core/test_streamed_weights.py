@@ -299,6 +299,57 @@ def test_short_forwards_find_them_on_the_device(monkeypatch: pytest.MonkeyPatch)
     acceleration.undo()
 
 
+def test_forwards_under_inference_mode() -> None:
+    """As Lightning validates: weights come and go there as well."""
+    model = llama()
+    acceleration = accelerate(model)
+    want = step(model, ids())
+    model.eval()
+    with torch.inference_mode():
+        short, long = model(input_ids=ids()).logits, model(input_ids=ids(8, 64)).logits
+    model.train()
+    undo = planned(model).apply(model)
+    for given, logits in ((ids(8, 64), long), (ids(), short), (ids(), short), (ids(8, 64), long)):
+        model.eval()
+        with torch.inference_mode():
+            assert torch.equal(model(input_ids=given).logits, logits)
+        model.train()
+        same(step(model, ids()), want)
+        assert away(model) == 7 * LAYERS
+    model.eval()
+    with torch.inference_mode():
+        model(input_ids=ids())
+        assert not away(model)
+        undo()
+    model.train()
+    assert not any(p.is_inference() for p in model.parameters())
+    same(step(model, ids()), want)
+    acceleration.undo()
+
+
+def test_what_is_written_while_they_are_on_the_device_is_kept() -> None:
+    model = llama()
+    acceleration = accelerate(model)
+    first = step(model, ids())
+    weight = list(packed(model).values())[-3]
+    undo = planned(model).apply(model)
+    same(step(model, ids()), first)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids())
+        assert not away(model)
+        weight.copy_(weight.flip(0))
+    new = weight.detach().clone()
+    model.train()
+    changed = step(model, ids())
+    assert away(model) == 7 * LAYERS and torch.equal(weight, new)
+    assert not torch.equal(changed[0], first[0])
+    undo()
+    assert torch.equal(weight, new)
+    same(step(model, ids()), changed)
+    acceleration.undo()
+
+
 def test_what_is_written_in_place_is_noticed() -> None:
     """As load_state_dict() writes."""
     model = llama()
