@@ -229,6 +229,8 @@ class Running:
         self._chosen: CheckpointPlan | None = None
         self._aside = False
         """Whether it was seen to since the last training forward that short forwards find the weights."""
+        self._unread = 0
+        """Training forwards since weights were moved that have not asked for them."""
 
     @property
     def movable_bytes(self) -> int:
@@ -305,7 +307,7 @@ class Running:
 
     def _place_weights(self, streamed: tuple[bool, ...]) -> None:
         """Have the packed weights of these layers in host memory, and all others on the device."""
-        self.weights_stay = ""
+        self.weights_stay, self._unread = "", 0
         if self._weights is not None:
             self._weights.send()
             if streamed == self._streamed and self._weights.away:
@@ -380,6 +382,7 @@ class Running:
         if self._weights is not None and self._aside:
             self._weights.send()
         self._aside = False
+        self._notice_unread()
         changed = any(
             layer.__dict__.get(name) is not flags[name]
             for layer, flags in zip(self.layers, self._wanted, strict=False)
@@ -389,6 +392,17 @@ class Running:
             self._notice()
             self._set()
         return changed
+
+    def _notice_unread(self) -> None:
+        """Weights that our kernels have not read in two forwards come back: others read them from the host,
+        slowly."""
+        if self._weights is None or self._weights.reached:
+            return
+        self._unread += 1
+        if self._unread > 2:
+            self._place_weights(())
+            self.weights_stay = "the layers' weights are back on the device: the kernels did not read them"
+            warnings.warn(f"sloth: {self.weights_stay}, for more memory than planned", stacklevel=4)
 
     def _notice(self) -> None:
         """Flags that somebody set since are what undoing gives back."""
@@ -1153,6 +1167,11 @@ class Automatic:
                     warnings.warn(f"sloth: checkpointing is left to the trainer: {error!r}", stacklevel=2)
         elif self.running.begin():
             self._say_why()
+        if (stay := self.running.weights_stay) and True in self.weights and not self.left:
+            self.weights = (False,)
+            self.record.pop("note", None)
+            self._plan(shape)
+            self.record["note"] = "; ".join(filter(None, (stay, self.record.get("note"))))
         self._measure()
 
     def _measure(self) -> None:

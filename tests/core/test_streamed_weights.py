@@ -510,6 +510,36 @@ def test_a_budget_is_planned_without_them_where_they_cannot_move(monkeypatch: py
     assert any("need at least" in str(w.message) for w in caught)
 
 
+@pytest.mark.parametrize("budget", [True, False])
+def test_weights_that_no_kernel_reads_come_back(budget: bool) -> None:
+    """As where a layer's compute dtype is not the one in which it is called, so that PEFT serves it."""
+    model = llama(layers=8)
+    with accelerate(model):
+        least, stay = budgets(model)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_type_is_set, module.compute_dtype = True, torch.bfloat16
+    with accelerate(model):
+        want = step(model, ids())
+    settings: Any = {"memory_budget_bytes": (least + stay) // 2} if budget else {}
+    with accelerate(model, **settings) as acceleration:
+        undo = None if budget else planned(model, count=8).apply(model)
+        for _ in range(2):
+            same(step(model, ids()), want)
+            assert away(model)
+        with pytest.warns(UserWarning, match="the kernels did not read them") as caught:
+            same(step(model, ids()), want)
+            same(step(model, ids()), want)
+        assert not away(model) and not nf4.SOURCES
+        assert sum("did not read" in str(w.message) for w in caught) == 1
+        if undo is None:
+            record = acceleration.report.checkpointing
+            assert record["plans"] == 2 and not record["plan"]["weights_on_host"]
+            assert "the kernels did not read them" in record["note"]
+        else:
+            undo()
+
+
 def test_a_peak_from_before_weights_have_moved_is_not_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     model, peak = llama(layers=8), [1000]
     with accelerate(model):
