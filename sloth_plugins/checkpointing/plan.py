@@ -21,17 +21,18 @@ which a bound says that they are slower or do not fit, so that no others are fas
 more than MOST_FOLLOWED are left. Where:
 the last layer keeps its tensors if any does, because they are freed first; those of which more than the input
 is offloaded lie evenly among the others, so that each copy has several layers' time; recomputed ones come
-first.
+first. Each is also tried with none of those among the last layers, so many that the last copy has left when
+the forward ends, and with its copy back starting as many layers earlier as it takes (`_at_the_end`).
 
 The model of time: matmuls and attention by their operations, elementwise passes by TRAFFIC times the saved
 bytes, copies to and from the host beside all but one layer of the forward or backward. What a copy lacks in
-time is added, and so is what the first copy back takes longer than the backward of the layer behind it, with
-which it starts. That is a bound, by which plans are put in order; layers and copies of those that may be the
-fastest are then followed one by one (`streams`), and the longer of both times counts. Where the host takes
-longer to launch a pass than the device to run it (many tiles, a slow processor), that is added instead if it
-is more. The model of memory goes through the step layer by layer:
-what is kept until then, the layer's own tensors and its work space, copies under way to and from the host,
-gradients that are there already.
+time is added, and so is what of the first copy back is wanted first and takes longer than the backward of the
+layers behind, with which it starts. That is a bound, by which plans are put in order; layers and copies of
+those that may be the fastest are then followed one by one (`streams`), and the longer of both times counts.
+Where the host takes longer to launch a pass than the device to run it (many tiles, a slow processor), that is
+added instead if it is more. The model of memory goes through the step layer by layer: what is kept until
+then, the layer's own tensors and its work space, copies under way to and from the host, gradients that are
+there already. In memory that is free until the peak more copies may be under way.
 """
 
 from __future__ import annotations
