@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -256,6 +257,17 @@ def loss_and_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dic
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.detach(), gradients
+
+
+def in_float64(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of a copy of `model` in float64."""
+    return loss_and_gradients(copy.deepcopy(model).double(), ids)[1]
+
+
+def no_further(some: torch.Tensor, others: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether `some` is at most 1.5 times as far from the truth as `others`, the contract of every kernel:
+    for float32 computations whose own rounding is more than a fixed tolerance."""
+    return bool((some.double() - truth).norm() <= 1.5 * (others.double() - truth).norm())
 
 
 def train(model: Any, steps: int = 3) -> list[float]:

@@ -717,7 +717,14 @@ def lora(model: nn.Module, **options: Any) -> Any:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=linears, init_lora_weights=False, **options)
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    with (
+        torch.no_grad()
+    ):  # small beside the weights: attention that is nearly one-hot makes rounding a hundredfold
+        for name, p in adapted.named_parameters():
+            if ".lora_B." in name:
+                p.mul_(0.1)
+    return adapted
 
 
 def test_it_sees_through_lora_and_modules_to_save() -> None:
