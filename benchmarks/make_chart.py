@@ -79,13 +79,14 @@ def said(row: dict[str, Any]) -> str:
         "hf": "recomputes all layers",
         "offload": "its offload",
     }
-    return f"{whose}, budget {budget} GiB" if word == "auto" and budget else f"{whose} {ways.get(word, word)}"
+    return f"{budget} GiB" if word == "auto" and budget else f"{whose} {ways.get(word, word)}"
 
 
 def draw_budgets(rows: list[dict[str, Any]]) -> None:
-    """Tokens/s over peak memory; planned steps joined by a line."""
+    """Tokens/s over the steps' peak memory; planned steps joined by a line."""
     import matplotlib.pyplot as plt
 
+    rows = [{**row, "peak_gb": row.get("steady_gb", row["peak_gb"])} for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.2))
     planned = [row for row in rows if row["ck"].startswith("auto")]
     others = [row for row in rows if row not in planned]
@@ -95,16 +96,20 @@ def draw_budgets(rows: list[dict[str, Any]]) -> None:
             [row["peak_gb"] for row in own], [row["tok_s"] for row in own],
             marker="o", linestyle=line, color=COLOURS[own[0]["impl"]],
         )  # fmt: skip
-        for row in own:
-            text, place = f"{said(row)}: {row['tok_s']:,}", (-3, 9) if row in planned else (7, -11)
-            axes.annotate(text, (row["peak_gb"], row["tok_s"]), place, textcoords="offset points", fontsize=8)
+        for i, row in enumerate(own):  # in turns on both sides of the line
+            place, side = ((-5, 5), "right") if i % 2 else ((7, -11), "left")
+            axes.annotate(
+                f"{said(row)}: {row['tok_s']:,}", (row["peak_gb"], row["tok_s"]), place,
+                textcoords="offset points", fontsize=8, horizontalalignment=side,
+            )  # fmt: skip
     axes.set_xlim(0, 1.28 * max(row["peak_gb"] for row in rows))
     axes.set_ylim(0, 1.12 * max(row["tok_s"] for row in rows))
-    axes.set_xlabel("peak memory, GiB", fontsize=9)
+    axes.set_xlabel("peak memory of the steps, GiB", fontsize=9)
     axes.set_ylabel("tokens/s", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.set_title(f"QLoRA, Llama-8B shapes, 2 x 2,048 tokens, {rows[0]['gpu']}", loc="left", fontsize=10)
+    title = f"sloth under budgets: QLoRA, Llama-8B shapes, 2 x 2,048 tokens, {rows[0]['gpu']}"
+    axes.set_title(title, loc="left", fontsize=10)
     figure.tight_layout()
     figure.savefig(BUDGETS, dpi=110)
 
