@@ -229,6 +229,8 @@ class Running:
         self._chosen: CheckpointPlan | None = None
         self._aside = False
         """Whether it was seen to since the last training forward that short forwards find the weights."""
+        self._reached = 0
+        """What `StreamedWeights.reached` was before the last long forward that is none of training."""
         self._unread = 0
         """Training forwards since weights were moved that have not asked for them."""
 
@@ -352,8 +354,10 @@ class Running:
         if weights is None or chosen is None or shape is None or self._aside:
             return
         a_token = chosen.costs().forward_s * len(chosen.layers) / chosen.shape.tokens
-        if shape.tokens * a_token >= weights.nbytes / (chosen.rates.from_host_gb_s * 1e9):
-            return  # they come while it runs
+        long = shape.tokens * a_token >= weights.nbytes / (chosen.rates.from_host_gb_s * 1e9)
+        if long and weights.reached != self._reached:
+            self._reached = weights.reached
+            return  # they come while it runs, unless the last such forward was not one of our kernels
         self._aside = True
         here = allocated_bytes(weights.device) or 0
         if here + weights.nbytes > chosen.budget_bytes or not weights.bring():

@@ -105,8 +105,8 @@ class StreamedWeights:
         self._streams: dict[int, Any] = {}
         self._at: int | None = None
         """The layer whose weights were read last."""
-        self.reached = False
-        """Whether anybody has asked for them here."""
+        self.reached = 0
+        """How often a layer was asked for behind another one."""
         self._side = stream
         if stream is None and self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ class StreamedWeights:
         """A layer's weights are about to be read, or its backward begins. The next ones begin to come."""
         if index == self._at:
             return
-        self.reached = True
+        self.reached += 1
         before, self._at = self._at, index
         self._load(index)
         step = 1 if before is None or index > before else -1

@@ -510,6 +510,40 @@ def test_a_budget_is_planned_without_them_where_they_cannot_move(monkeypatch: py
     assert any("need at least" in str(w.message) for w in caught)
 
 
+def test_long_forwards_that_no_kernel_serves_find_them_on_the_device() -> None:
+    """As an evaluation without the autocast of the training: its second batch need not wait."""
+    model = llama()
+    acceleration = accelerate(model)
+    want = step(model, ids())
+    undo = planned(model).apply(model)
+    given = ids(8, 64)
+
+    def evaluate() -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=given).logits
+        model.train()
+        return logits
+
+    same(step(model, ids()), want)
+    served = evaluate()
+    assert torch.equal(evaluate(), served) and away(model)  # by the kernels
+    linears = [m for m in model.modules() if hasattr(m, "compute_dtype")]
+    before = [(m, m.compute_dtype) for m in linears]
+    same(step(model, ids()), want)
+    for module in linears:
+        module.compute_dtype = torch.bfloat16
+    first = evaluate()
+    assert away(model) == 7 * LAYERS
+    assert torch.equal(evaluate(), first) and not away(model)
+    for module, dtype in before:
+        module.compute_dtype = dtype
+    same(step(model, ids()), want)
+    assert away(model) == 7 * LAYERS and torch.equal(evaluate(), served)
+    undo()
+    acceleration.undo()
+
+
 @pytest.mark.parametrize("budget", [True, False])
 def test_weights_that_no_kernel_reads_come_back(budget: bool) -> None:
     """As where a layer's compute dtype is not the one in which it is called, so that PEFT serves it."""
