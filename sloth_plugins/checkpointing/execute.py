@@ -1093,11 +1093,12 @@ class Automatic:
             try:
                 return inner(*args, **kwargs)
             except torch.OutOfMemoryError as error:
-                self._plan_with_less(error)
-            # Here the exception and the tensors in its frames are gone.
+                chosen = self._plan_with_less(error)
+            # Here the exception and the tensors in its frames are gone, and a plan has room for what it moves.
             self.running.begin()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            self._use(chosen)
             _put_back(state, self.device)
             try:
                 return inner(*args, **kwargs)
@@ -1121,7 +1122,7 @@ class Automatic:
         shape = self.plan.shape
         return f"{shape.batch} x {shape.seq} tokens need at least {gib(least)} by the plan's arithmetic"
 
-    def _plan_with_less(self, error: torch.OutOfMemoryError) -> None:
+    def _plan_with_less(self, error: torch.OutOfMemoryError) -> CheckpointPlan:
         """A plan for nine tenths of what this one was to take; with a note, `error` goes on where none is
         left."""
         assert self.plan is not None
@@ -1138,7 +1139,7 @@ class Automatic:
         said = f"out of memory in a forward under a plan for {gib(before)}: planned anew for less"
         warnings.warn(f"sloth: {said} ({chosen}), and the forward is repeated", stacklevel=3)
         self.record["note"] = said
-        self._use(chosen)
+        return chosen
 
     def _say_why(self) -> None:
         budget = f"memory_budget_bytes={gib(self.budget)}"
