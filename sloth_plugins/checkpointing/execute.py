@@ -1094,7 +1094,7 @@ class Automatic:
                 return inner(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 chosen = self._plan_with_less(error)
-            # Here the exception and the tensors in its frames are gone, and a plan has room for what it moves.
+            # Here the exception and the tensors in its frames are gone: there is room for what a plan moves.
             self.running.begin()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
