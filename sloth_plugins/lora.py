@@ -651,6 +651,14 @@ class _Proven:
             warnings.warn(f"sloth: {self.op} of {self.site} is left to PEFT: {reason}", stacklevel=2)
 
 
+def _note_expansion(forward: Forward, kernel: KernelSpec, names: tuple[str, ...]) -> None:
+    """Say which children's ("": its own) 4-bit weights a module's forward expands, for
+    `checkpointing.weights`: our kernels read them where they are brought to (`sloth_kernels.nf4.SOURCES`),
+    which others don't know."""
+    if kernel.name.startswith("sloth."):
+        vars(forward)["expands"] = names
+
+
 # Groups of linear layers
 
 
@@ -760,8 +768,7 @@ def _linear_forwards(
             result = fused(index, self, args[0])
             return original(self, args[0]) if result is None else result
 
-        if kernel.name.startswith("sloth."):
-            vars(forward)["expands"] = ("",)
+        _note_expansion(forward, kernel, ("",))
         return named_like(forward, module)
 
     return [forward_of(index, module) for index, module in enumerate(modules)]
@@ -833,8 +840,7 @@ def _mlp_forward(
         return fused(self, x, tile=tile, **(repeat.options(self) if repeats else {}))
 
     vars(forward)["again"] = again if tiled else None
-    if kernel.name.startswith("sloth."):
-        vars(forward)["expands"] = names
+    _note_expansion(forward, kernel, names)
     return named_like(forward, module)
 
 

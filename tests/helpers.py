@@ -259,6 +259,19 @@ def loss_and_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dic
     return loss.detach(), gradients
 
 
+def step(model: Any, given: torch.Tensor) -> list[torch.Tensor]:
+    """The loss and the gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=given, labels=given).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    """That two steps gave the same bits."""
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def in_float64(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradients of a copy of `model` in float64."""
     return loss_and_gradients(copy.deepcopy(model).double(), ids)[1]

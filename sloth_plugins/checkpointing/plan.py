@@ -346,8 +346,7 @@ class CheckpointPlan:
 
     def timeline(self) -> list[tuple[str, int]]:
         """(what runs, bytes on the device then): layers forward, the head, layers backward, the optimizer."""
-        memory, codes, lead = self._memory, self._codes, _tensor([self.lead])
-        columns = memory.forwards(codes, lead), *memory.timeline(codes, lead)[1:]
+        columns = self._memory.timeline(self._codes, _tensor([self.lead]))
         forward, head, backward, optimizer = (column[0].tolist() for column in columns)
         rows = [(f"forward {index}", size) for index, size in enumerate(forward)]
         rows.append(("head", head))
@@ -618,14 +617,16 @@ class _Memory:
         self.a_gradient = self.gradients // facts.layers
 
     def timeline(self, codes: Any, lead: Any) -> tuple[Any, Any, Any, Any]:
-        """(forward of each layer, head, backward of each layer, optimizer); codes: (plans, layers), where in
-        OPTIONS each layer's is; lead: (plans,), see CheckpointPlan. Of the first layers alone, nothing is
-        more than with all of them."""
+        """(forward of each layer with all copies that may be under way, head, backward of each layer,
+        optimizer); codes: (plans, layers), where in OPTIONS each layer's is; lead: (plans,), see
+        CheckpointPlan."""
         alone, copies, *others = self._rows(codes, lead)
-        return alone + copies, *others
+        peak = self._most(alone + copies, *others)
+        return alone + self.in_room(codes, peak, alone)[1], *others
 
     def _rows(self, codes: Any, lead: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """As `timeline`, with each layer's forward in two parts: alone, and copies under way beside it."""
+        """As `timeline`, with each layer's forward in two parts: alone, and the least copies under way beside
+        it. Of the first layers alone, nothing is more than with all of them."""
         import torch
 
         kept, passing, host = self.kept[codes], self.passing[codes], self.host[codes]
@@ -645,27 +646,20 @@ class _Memory:
     def in_flight(self, codes: Any, lead: Any) -> Any:
         """Of how many layers the copies may be under way when each begins, also in memory that is free until
         the peak."""
-        return self._with_in_flight(codes, lead)[0]
-
-    def _with_in_flight(self, codes: Any, lead: Any) -> tuple[Any, Any]:
-        """(`in_flight`, what each layer's forward takes with it)."""
-        peak, alone = self.peak_and_alone(codes, lead)
-        count, size = self.in_room(codes, peak, alone)
-        return count, alone + size
+        return self.in_room(codes, *self.peak_and_alone(codes, lead))[0]
 
     def in_room(self, codes: Any, peak: Any, alone: Any) -> tuple[Any, Any]:
         """(`in_flight`, how many bytes these are), of what `peak_and_alone` gives."""
         return _in_flight(self.host[codes], peak.unsqueeze(1) - alone)
 
-    def forwards(self, codes: Any, lead: Any) -> Any:
-        """What is there at most in the forward of each layer, with all copies that may be under way."""
-        return self._with_in_flight(codes, lead)[1]
-
     def peak_and_alone(self, codes: Any, lead: Any) -> tuple[Any, Any]:
         """(the most of the timeline, of each plan; what each layer's forward takes without other copies)."""
-        alone, copies, head, backward, optimizer = self._rows(codes, lead)
-        peak = (alone + copies).amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
-        return peak, alone
+        alone, copies, *others = self._rows(codes, lead)
+        return self._most(alone + copies, *others), alone
+
+    @staticmethod
+    def _most(forward: Any, head: Any, backward: Any, optimizer: Any) -> Any:
+        return forward.amax(1).maximum(backward.amax(1)).maximum(head).maximum(optimizer)
 
     def peak(self, codes: Any, lead: Any) -> Any:
         """The most of the timeline, of each plan."""
@@ -883,7 +877,6 @@ class _Search:
         away = counts.offloaded + counts.mlps_away
         found = away <= self.layers - counts.gap.clamp(min=1)
         found &= (counts.gap == 0) | (away > 0)
-        found &= (counts.lead == 1) | (away + counts.inputs > 0)
         if self.host_limit is not None:
             found &= counts.copied(self.memory.host) <= self.host_limit
         return found

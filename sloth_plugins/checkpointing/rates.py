@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def _measure(device: Any) -> Rates:
         return sorted(times)
 
     def median(work: Callable[[], Any]) -> float:
-        return seconds(work)[5]
+        return statistics.median(seconds(work))
 
     def under_load(work: Callable[[], Any]) -> float:
         """Of one, in a loop of SUSTAINED_S seconds, which takes a GPU to its power limit as a step does."""

@@ -1,11 +1,11 @@
 """Frozen 4-bit weights that wait in host memory and come to the GPU layer by layer, ahead of their use.
 
-Of a QLoRA step the packed weights are what stays: 3.4 GiB of an 8B model. In a forward the link from the host
-has nothing to do, since activations go the other way; in a backward there is time beside what comes back. A
-layer's bytes are copied in one piece to one of SLOTS places on the GPU while the layer before it runs, and
-the kernels that expand 4-bit weights read them there (`sloth_kernels.nf4.SOURCES`). The parameters stay the
-same objects on the same device, with their storage in pinned host memory (see `host`): whoever else reads
-one, a checkpoint's writer or bitsandbytes, gets its bytes over the link, only slower.
+Of a QLoRA step the packed weights are what stays: 3.25 GiB of an 8B model. In a forward the link from the
+host has nothing to do, since activations go the other way; in a backward there is time beside what comes
+back. A layer's bytes are copied in one piece to one of SLOTS places on the GPU while the layer before it
+runs, and the kernels that expand 4-bit weights read them there (`sloth_kernels.nf4.SOURCES`). The parameters
+stay the same objects on the same device, with their storage in pinned host memory (see `host`): whoever else
+reads one, a checkpoint's writer or bitsandbytes, gets its bytes over the link, only slower.
 
 Nobody has to say which layer comes next: a layer's weights are asked for when they are expanded, one layer
 after the other, up in a forward and down in a backward. At each step to another layer the next one in this

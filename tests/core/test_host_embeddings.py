@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same, step
 from lora_models import lora
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,18 +44,6 @@ def llama(tied: bool = False, **options: Any) -> Any:
 
 def ids(batch: int = 2, seq: int = 12) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(1))
-
-
-def step(model: Any, given: torch.Tensor) -> list[torch.Tensor]:
-    """The loss and the gradients."""
-    model.zero_grad(set_to_none=True)
-    loss = model(input_ids=given, labels=given).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def embedding_of(model: Any) -> Any:

@@ -141,14 +141,6 @@ def test_a_step_takes_what_is_predicted(
     model.zero_grad(set_to_none=True)
     rows = {name: size - fixed_bytes(facts) for name, size in chosen.timeline() if name != "optimizer"}
     forward = max(size for name, size in rows.items() if not name.startswith("backward"))
-    print(
-        layers,
-        norms,
-        tiles,
-        of_forward[-1] / forward,
-        alive.peak / max(rows.values()),
-        max(rows, key=rows.get),
-    )
     whole = tiles == 1 and bool({"k", "o"} & set(layers))
     for predicted, seen, ends in (
         (forward, of_forward[-1], facts.ends_bytes(shape)),

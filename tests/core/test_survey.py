@@ -718,9 +718,8 @@ def lora(model: nn.Module, **options: Any) -> Any:
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=linears, init_lora_weights=False, **options)
     adapted = peft.get_peft_model(model, config)
-    with (
-        torch.no_grad()
-    ):  # small beside the weights: attention that is nearly one-hot makes rounding a hundredfold
+    # Small beside the weights: attention that is nearly one-hot multiplies rounding.
+    with torch.no_grad():
         for name, p in adapted.named_parameters():
             if ".lora_B." in name:
                 p.mul_(0.1)
