@@ -20,6 +20,7 @@ so that no pass over an output remains, and a small update is not lost against a
 Weights in 16 or 32 bits stay where they are: the low-rank term is written first and the matmul adds to it.
 
 The MLP, y = down(act(gate(x)) * up(x)), keeps gate and up, and computes their product again in the backward.
+Their gradients take their place there, since nobody else has them (`_is_private`).
 
 [1] Hu et al., LoRA, arXiv:2106.09685
 [2] Dettmers et al., QLoRA, arXiv:2305.14314
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils import checkpoint
 
 from sloth_kernels._library import (
     INTERPRETED,
@@ -506,7 +508,7 @@ def _group_forward(
             y = left @ right if into is None else torch.mm(left, right, out=into[:, : group.n])
             if ahead is not None:
                 ahead.after()
-            return [y[:, slot.start : slot.start + slot.width] for slot in group.slots], p
+            return _outputs(group, y), p
         outputs = []
         for slot, bias in zip(group.slots, biases, strict=True):
             right = buffers.joint[slot.start : slot.start + slot.width, :width].t()
@@ -789,6 +791,41 @@ def _mlp_down(
     return y, p
 
 
+def _watched() -> bool:
+    """Whether somebody looks at operators and may keep their results, as selective checkpointing does."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_private() -> bool:
+    """Whether what is saved now comes back in the backward with nobody else to read it later: no dispatch
+    mode that might hold it, and no hooks on saved tensors but checkpointing's, which are torch's and those
+    with an attribute `private`."""
+    if _watched():
+        return False
+    try:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    except Exception:  # of a PyTorch that we don't know
+        return False
+    if hooks is None:
+        return True
+    theirs = getattr(hooks[0], "__module__", None) == checkpoint.__name__
+    return theirs or getattr(hooks[0], "private", False)
+
+
+def _outputs(group: _Group, y: torch.Tensor) -> list[torch.Tensor]:
+    """Those of each projection, side by side in y."""
+    return [y[:, slot.start : slot.start + slot.width] for slot in group.slots]
+
+
+def _joint_buffer(
+    group: _Group, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]
+) -> torch.Tensor | None:
+    """For the outputs of gate and up of x (T, K), where their gradients will be; None for a group whose
+    outputs are made one by one."""
+    biased = any(t is not None for i in (2, 3) for t in tensors[i::TENSORS_A_PROJECTION])
+    return _gradient_buffer(group, len(x), x) if group.extended and not biased else None
+
+
 class _Saved(NamedTuple):
     """What the backward of some rows of an MLP starts from."""
 
@@ -814,15 +851,16 @@ def _mlp_gradients(
     dtype: torch.dtype | None = None,
     joint: torch.Tensor | None = None,
     in_place: bool = False,
+    prefetch: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """(dx, the gradients of `tensors`); saved: one, which is taken out, so that gate and up go when they are
     done with; buffers: of both groups, else they are expanded here; dtype: of the gradients of `tensors`,
     where it is not their own; in_place: nobody else has gate and up, so their gradients take their place
-    (joint: where they lie side by side), and each group is expanded when it is wanted, not ahead."""
+    (joint: where they lie side by side); prefetch: whether gate and up are expanded ahead."""
     x, p, gate, up, p_last, seeds, last_seeds = saved.pop()
     step = TENSORS_A_PROJECTION
     ours, theirs = tensors[:-step], tensors[-step:]
-    ahead = None if in_place else _Ahead(first, x, ours)
+    ahead = _Ahead(first, x, ours) if prefetch else None
     tail = _input_gradient(
         *(last, last_seeds, x.shape[0], x, theirs, [grad]),
         needs_x=True,
@@ -902,14 +940,21 @@ class _LoraMLP(torch.autograd.Function):
         seeds, last_seeds = first.seeds(x.device), last.seeds(x.device)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ahead = _Ahead(last, rows, theirs) if output else None
-        (gate, up), p = _group_forward(first, seeds, rows, ours, together=True, ahead=ahead)
+        joint = _joint_buffer(first, rows, ours)
+        watched = _watched()  # who gives a result back does not write it to `out`
+        into = None if watched else joint
+        (gate, up), p = _group_forward(first, seeds, rows, ours, together=True, ahead=ahead, into=into)
+        if watched and joint is not None:
+            gate, up = (own.copy_(y) for own, y in zip(_outputs(first, joint), (gate, up), strict=True))
         if output:
             y, p_last = _mlp_down(last, last_seeds, gate, up, activation, theirs, ahead, None, first.fused)
         else:
             y = x.new_zeros(rows.shape[0], last.n)
             p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, None, first.fused)
-        ctx.first, ctx.last, ctx.activation = first, last, activation
-        ctx.save_for_backward(x, p, gate, up, p_last, seeds, last_seeds, *tensors)
+        ctx.first, ctx.last, ctx.activation, ctx.spent = first, last, activation, False
+        ctx.in_place = _is_private() and (joint is not None or not first.extended)
+        made = (gate, up) if joint is None else (joint, None)
+        ctx.save_for_backward(x, p, *made, p_last, seeds, last_seeds, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -920,10 +965,25 @@ class _LoraMLP(torch.autograd.Function):
             reference = functools.partial(_flat_mlp_reference, first, last, seeds, last_seeds, ctx.activation)
             dx, *rest = differentiable_gradients(reference, (x, *tensors), [grad])
             return dx, *[None] * 4, *rest
-        saved = [_Saved(as_matrix(x), p, gate, up, p_last, seeds, last_seeds)]
+        rows = as_matrix(x)
+        if ctx.in_place:  # what is written there is no change that autograd should complain about
+            gate, up = gate.data, None if up is None else up.data
+        joint = gate if up is None else None
+        if joint is not None:
+            gate, up = _outputs(first, joint)
+        if ctx.spent:  # by a backward before this one
+            ours = tensors[:-TENSORS_A_PROJECTION]
+            (gate, up), _ = _group_forward(first, seeds, rows, ours, together=True, into=joint)
+        ctx.spent = ctx.in_place
+        saved = [_Saved(rows, p, gate, up, p_last, seeds, last_seeds)]
+        del gate, up
         needs = ctx.needs_input_grad
         dx, found = _mlp_gradients(
-            first, last, ctx.activation, saved, tensors, as_matrix(grad), needs[0], needs[5:]
+            *(first, last, ctx.activation, saved, tensors, as_matrix(grad)),
+            needs[0],
+            needs[5:],
+            joint=joint if ctx.in_place else None,
+            in_place=ctx.in_place,
         )
         return None if dx is None else dx.view(x.shape), *[None] * 4, *found
 
@@ -999,11 +1059,9 @@ class _LoraMLPAgain(torch.autograd.Function):
         buffers = (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else None
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
-        # A group with biases writes its outputs one by one.
-        biased = any(t is not None for i in (2, 3) for t in ours[i::TENSORS_A_PROJECTION])
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
             of_first, of_last = buffers or (None, None)
-            joint = _gradient_buffer(first, len(part), part) if first.extended and not biased else None
+            joint = _joint_buffer(first, part, ours)
             (gate, up), p = _group_forward(
                 first, pair[0], part, ours, together=True, buffers=of_first, into=joint
             )
@@ -1020,6 +1078,7 @@ class _LoraMLPAgain(torch.autograd.Function):
                 torch.float32 if several else None,
                 joint,
                 in_place=True,
+                prefetch=False,
             )
             del joint
             if dx is not None:

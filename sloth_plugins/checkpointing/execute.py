@@ -615,6 +615,7 @@ class _Norms:
         def unpack(saved: Any) -> Any:
             return saved(saved.source) if isinstance(saved, _Made) else saved
 
+        vars(pack)["private"] = True
         with norms_noted(True), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
@@ -904,6 +905,7 @@ class _Offload:
         def unpack(saved: Any) -> torch.Tensor:
             return saved(come(saved.source)) if isinstance(saved, _Made) else come(saved)
 
+        vars(pack)["private"] = True
         self._last = weakref.ref(block)
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

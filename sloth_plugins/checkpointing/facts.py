@@ -10,7 +10,8 @@ and v of KV elements, MLP width I, activations of e bytes and a residual stream 
     attention      T Q e + 4 T heads            and a copy for o_proj's adapter
     residual       as input, of the second norm
     mlp_normed     as normed, for gate and up
-    gate_up        2 T I e                      3 T I e (gate, silu(gate), up); of s bytes behind 4-bit layers
+    gate_up        2 T I e, and T ROW e with it over 4-bit weights
+                                                3 T I e (gate, silu(gate), up); of s bytes behind 4-bit layers
     hidden         0, or T I e without an MLP op the copy of down_proj's input
     low_rank       T (ranks of the layer) e     the same
     other          0                            0
@@ -332,7 +333,8 @@ class ModelFacts:
             norm = t * h * self.stream_bytes + 4 * t
             normed = mlp_normed = t * h * e
             copies = 0
-            gate_up = 2 * t * i * e
+            # Behind 4-bit weights, beside columns in which their gradients will have low-rank terms.
+            gate_up = t * (2 * i + (ROW if self.four_bit and self.fused_mlp else 0)) * e
             # The MLP's own Function makes the product again; else a trained down_proj keeps its input.
             hidden = t * i * e if not self.fused_mlp and "down_proj" in adapted else 0
             ranks = {name: -(-rank // 16) * 16 for name, rank in ranks.items()}
@@ -385,14 +387,13 @@ class ModelFacts:
         """
         t, h, i, e = shape.tokens, self.hidden, self.intermediate, self.activation_bytes
         columns = (-(-self.rank // 16) * 16) if self.rank else 0
-        inside, outside = 3 * i + ROW, 2 * h
+        # Gradients of gate and up take their place in what is saved where the MLP is one function.
+        inside, outside = i if self.fused_mlp else 3 * i + ROW, 2 * h
         wide = e if self.fused or not self.four_bit else max(e, self.stream_bytes)
         if mlp_tiles == 1:
             gradients = t * (inside + outside) * wide
         else:
-            tile = -(-t // mlp_tiles)
-            in_place = 2 * i if self.fused_mlp else 0  # gate's and up's, in what is saved
-            gradients = tile * (inside - in_place) * wide + t * (outside + h) * wide
+            gradients = -(-t // mlp_tiles) * inside * wide + t * (outside + h) * wide
             gradients += -(-self.mlp_bytes(shape) // mlp_tiles)
         if not self.four_bit:
             expanded = 0
@@ -464,15 +465,13 @@ class ModelFacts:
 
     def lean_bytes(self, shape: Shape) -> int:
         """What a layer whose MLP is made again in one piece takes less in its backward than all of its saved
-        tensors and `workspace_bytes`: gate and up are made when their gradients are, which take their place,
-        and each of the MLP's weights is expanded when it is wanted."""
+        tensors and `workspace_bytes`: gate and up are made when their gradients are, and each of the MLP's
+        weights is expanded when it is wanted."""
         if not self.fused_mlp:
             return 0
         t, i, e = shape.tokens, self.intermediate, self.activation_bytes
         first, last = self._expanded_mlp
-        hidden, joint, made = t * i * e, t * (2 * i + ROW) * e, self.mlp_bytes(shape)
-        stages = made + first, made + hidden + last, joint + first
-        return made + first + last + hidden + joint - max(stages)
+        return min(first, last + t * i * e)
 
     def head_bytes(self, shape: Shape) -> int:
         """What the head and its loss take at most, while all of the layers' saved tensors are there."""

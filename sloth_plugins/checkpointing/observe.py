@@ -52,6 +52,8 @@ class _Seen:
         """The hook: counts. Nothing is saved, for no backward comes."""
         self._count(tensor)
 
+    vars(pack)["private"] = True
+
     def _count(self, tensor: torch.Tensor) -> None:
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type == "meta":
             return

@@ -836,7 +836,7 @@ class _Search:
         first = torch.where(counts.inputs > 0, wanted[3], 0.0)
         first = torch.where(counts.mlps_away > 0, wanted[4], first)
         first = torch.where(counts.offloaded > 0, wanted[5], first)
-        behind = counts.lead * (self.cost.backward_s + self.cost.tiled_s)
+        behind = counts.lead.double() * (self.cost.backward_s + self.cost.tiled_s)
         first = (first - (counts.inputs < self.layers).double() * behind).clamp(min=0)
         seconds, stall = self.times(again, counts.wholes, copied, first)
         work = again + copied.double() / self.to_host + self.read_s + self.weights_s

@@ -21,6 +21,8 @@ from sloth_kernels.lora import (
 from sloth_kernels.low_rank import Dropout, activated_tall, narrow_matmul, tall_matmul
 from sloth_kernels.nf4 import FourBit
 from three_way import WAYS, check
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from sloth_plugins.numerics import relative_error
 
@@ -267,11 +269,77 @@ def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, low_bias, fused, bas
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     adapters = sum(t is not None and t.shape[-1] == 128 for t in case.inputs.values())
-    assert kept == [adapters + 2, adapters, adapters]
-    # Gradients of gate and up take their place where nobody else has them; biases keep those of a joint
-    # 4-bit group apart.
+    # Gate and up are one tensor behind 4-bit weights; biases keep them apart, and so their gradients, which
+    # else take their place where nobody else has them.
+    joint = base == "nf4" and fused and not low_bias
+    assert kept == [adapters + (0 if joint else 2), adapters, adapters]
     again = not (base == "nf4" and fused and low_bias)
     assert in_place == [False, False, again, again, again, again]
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("biased", [True, False], ids=["biases", ""])
+def test_gradients_take_the_place_of_gate_and_up(biased, fused, base, device, monkeypatch):
+    """Where nobody else has these: with the bits that they have elsewhere, in a second backward, too."""
+    case = Case(device, torch.float32, base=base, ranks=(8, 4, 16), low_bias=biased, **MLP)
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    given = with_dropout(case, leaves, 0.3)
+    in_place, activated = [], op.activated_tall
+
+    def watched(dgate, dup, grad, gate, up, *others, **options):
+        in_place.append(dgate.data_ptr() == gate.data_ptr() and dup.data_ptr() == up.data_ptr())
+        return activated(dgate, dup, grad, gate, up, *others, **options)
+
+    monkeypatch.setattr(op, "activated_tall", watched)
+
+    def run(x):
+        return lora_mlp(x, *given, activation="silu", fused=fused)
+
+    def gradients(y, **options):
+        return torch.autograd.grad(y.pow(2).sum(), list(leaves.values()), **options)
+
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(tensor):
+        held.append((tensor, tensor.detach().clone()))
+        return tensor
+
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        want = gradients(run(leaves["x"]))
+    assert in_place == [False]
+    # As bytes: columns that nobody has written to yet may be NaN.
+    parts = ([t.detach().contiguous().view(torch.uint8) for t in pair] for pair in held)
+    assert all(torch.equal(now, then) for now, then in parts)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def under_a_mode(x):
+        with Mode():
+            return run(x)
+
+    def under_ours(x):
+        def pack(tensor):
+            return tensor
+
+        pack.private = True
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return run(x)
+
+    def checkpointed(x):
+        return checkpoint(run, x, use_reentrant=False)
+
+    alone = not (base == "nf4" and fused and biased)
+    for function, expected in ((run, alone), (under_ours, alone), (checkpointed, alone), (under_a_mode, False)):
+        in_place.clear()
+        torch.manual_seed(5)
+        y = function(leaves["x"])
+        for options in ({"retain_graph": True}, {"retain_graph": True}, {}):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(y, **options), want, strict=True))
+        assert in_place == [expected] * 3
 
 
 @pytest.mark.parametrize(
