@@ -854,9 +854,33 @@ def spare_bytes(most_bytes: int, device: torch.device) -> int:
 
 def most_rows(row_bytes: int, beside_bytes: int, device: torch.device) -> int:
     """Rows that a chunk may have beside what else is held: a multiple of ROW_MULTIPLE, at least one."""
-    most_bytes = spare_bytes(LOGITS_BYTES, device)
+    return _rows_in(spare_bytes(LOGITS_BYTES, device), row_bytes, beside_bytes)
+
+
+def _rows_in(most_bytes: int, row_bytes: int, beside_bytes: int) -> int:
     most_bytes = max(most_bytes - beside_bytes, most_bytes // 2)
     return max(1, most_bytes // (row_bytes * ROW_MULTIPLE)) * ROW_MULTIPLE
+
+
+@functools.lru_cache(4096)
+def frozen_head_bytes(tokens: int, k: int, v: int, itemsize: int, processors: int) -> int:
+    """The most that the loss of a frozen head takes: a chunk's logits, the gradient of the hidden states in
+    float32, and shares of its sums, on a GPU of so many multiprocessors with memory to spare.
+
+    k: width of the hidden states; v: the vocabulary; itemsize: of an element of both.
+    """
+    row_bytes = _ceil(v, COLUMN_MULTIPLE) * COLUMN_MULTIPLE * itemsize
+    shared = v if itemsize == 2 and OUT_DTYPE else 0
+    shared_bytes = _shared_bytes(processors) if shared else 0
+    most = _rows_in(LOGITS_BYTES, row_bytes, tokens * k * (4 - itemsize) + shared_bytes)
+    rows = min(tokens, chunk_rows(tokens, most, k, processors, v, bool(shared)))
+    slab_bytes = 0 if OUT_DTYPE or itemsize == 4 else SLAB_BYTES
+    return rows * row_bytes + tokens * k * 4 + max(shared_bytes, slab_bytes)
+
+
+def _shared_bytes(processors: int) -> int:
+    """What sums take that are shared out."""
+    return 4 * processors * TILE_ROWS * TILE_COLUMNS
 
 
 def chunk_rows(
@@ -1159,7 +1183,7 @@ def _pass(
     processors = _processors(hidden.device)
     shared = v if dtype.itemsize == 2 and OUT_DTYPE else 0
     again_bytes = 2 * min(tokens, LOGITS_BYTES // row_bytes) * AGAIN_COLUMNS * dtype.itemsize
-    shared_bytes = 4 * processors * TILE_ROWS * TILE_COLUMNS if needs[0] and shared else 0
+    shared_bytes = _shared_bytes(processors) if needs[0] and shared else 0
     beside_bytes = excess_bytes + max(again_bytes if narrow else 0, shared_bytes)
     most = most_rows(row_bytes, beside_bytes, hidden.device)
     if not narrow or (exact and dtype == torch.float16):  # see HALF_SHIFT

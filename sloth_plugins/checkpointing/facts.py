@@ -107,6 +107,9 @@ class ModelFacts:
     """An MLP with LoRA runs in one function, where it is fused at all."""
     fused_head: bool = True
     """The loss of the head holds no logits."""
+    head_processors: int | None = None
+    """Multiprocessors of the GPU on which a frozen head's loss is made; None: unknown, or the head is trained
+    in part, and the most is counted that any takes."""
     optimizer_bytes: int | None = None
     """Bytes of optimizer state for each byte of a trained parameter; None: 2 (AdamW in its dtype)."""
     accumulates: bool = False
@@ -479,6 +482,10 @@ class ModelFacts:
         trained = 0 if self.rank else self.vocab * h * e
         if not self.fused_head:
             return t * self.vocab * BYTES_PER_LOGIT + trained
+        if self.head_processors is not None:
+            from sloth_kernels.linear_cross_entropy import frozen_head_bytes
+
+            return frozen_head_bytes(t, h, self.vocab, e, self.head_processors)
         chunk = max(HEAD_CHUNK_BYTES - t * h * (4 - e), HEAD_CHUNK_BYTES // 2)
         return t * h * 4 + min(chunk, t * self.vocab * e) + min(HEAD_SLAB_BYTES, self.vocab * h * 4) + trained
 

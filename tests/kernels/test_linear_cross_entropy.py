@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -762,6 +763,19 @@ def test_the_choice_of_chunks(monkeypatch):
     assert op._weight_chunks(1, 2048) == (2048, 0, False)
 
 
+@pytest.mark.parametrize("processors", [0, 40, 132])
+@pytest.mark.parametrize("tokens", [100, 4096, 160_000])
+def test_what_a_frozen_head_takes_by_arithmetic(tokens, processors):
+    """No more than the buffer's limit and the gradient; of an H200's chunk of 1,024 rows, logits and shares."""
+    most = max(op.LOGITS_BYTES, op.LOGITS_BYTES // 2 + tokens * 4096 * 2)
+    for v in (32_000, 128_256):
+        found = op.frozen_head_bytes(tokens, 4096, v, 2, processors)
+        assert tokens * 4096 * 4 < found <= most + tokens * 4096 * 2 + op.SLAB_BYTES
+    if processors == 132:
+        chunk = min(tokens, 1024) * 128_256 * 2
+        assert found == chunk + tokens * 4096 * 4 + (4 * 132 * 128 * 256 if op.OUT_DTYPE else op.SLAB_BYTES)
+
+
 def test_the_gradient_of_hidden_is_rounded_once(device):
     """By an incoming gradient of 1/3 as well; the matmul's own rounding would come on top of it."""
     inputs = tensors(device, torch.bfloat16, rows=(256,), h=256, v=4096, ignored=0, bias=False)
@@ -1069,6 +1083,27 @@ def _without_waiting(step: Callable[[], None]) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [700, 4096, 16_384])
+@pytest.mark.parametrize(("k", "v"), [(4096, 128_256), (3584, 151_936), (576, 49_152)])
+def test_what_a_frozen_head_takes(k, v, tokens):
+    """As planned for: its chunk of logits, and gradients of the hidden states in float32."""
+    made = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    hidden, weight = made(tokens, k, requires_grad=True), made(v, k)
+    labels = torch.randint(0, v, (tokens,), device="cuda")
+    linear_cross_entropy(hidden, weight, labels).backward()
+    hidden.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    seen = torch.cuda.max_memory_allocated() - before
+    loss.backward()
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    predicted = op.frozen_head_bytes(tokens, k, v, 2, processors)
+    assert 0.9 * predicted < seen < 1.01 * predicted + 2**21
 
 
 @pytest.mark.gpu

@@ -333,7 +333,12 @@ def test_gradients_take_the_place_of_gate_and_up(biased, fused, base, device, mo
         return checkpoint(run, x, use_reentrant=False)
 
     alone = not (base == "nf4" and fused and biased)
-    for function, expected in ((run, alone), (under_ours, alone), (checkpointed, alone), (under_a_mode, False)):
+    for function, expected in (
+        (run, alone),
+        (under_ours, alone),
+        (checkpointed, alone),
+        (under_a_mode, False),
+    ):
         in_place.clear()
         torch.manual_seed(5)
         y = function(leaves["x"])
