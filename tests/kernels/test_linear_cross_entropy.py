@@ -766,7 +766,7 @@ def test_the_choice_of_chunks(monkeypatch):
 @pytest.mark.parametrize("processors", [0, 40, 132])
 @pytest.mark.parametrize("tokens", [100, 4096, 160_000])
 def test_what_a_frozen_head_takes_by_arithmetic(tokens, processors):
-    """No more than the buffer's limit and the gradient; of an H200's chunk of 1,024 rows, logits and shares."""
+    """No more than the buffer's limit and the gradient; on an H200 a chunk of 1,024 rows."""
     most = max(op.LOGITS_BYTES, op.LOGITS_BYTES // 2 + tokens * 4096 * 2)
     for v in (32_000, 128_256):
         found = op.frozen_head_bytes(tokens, 4096, v, 2, processors)
