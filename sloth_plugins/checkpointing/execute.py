@@ -986,12 +986,21 @@ def usable_bytes(device: torch.device) -> int | None:
 
 def allocated_bytes(device: torch.device) -> int | None:
     """What tensors take of a GPU; None for other devices."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return _allocated(device, "current")
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """The most that tensors took of a GPU; None for other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return _allocated(device, "peak")
+
+
+def _allocated(device: torch.device, which: str) -> int | None:
+    if device.type != "cuda":
+        return None
+    # Without the flat copy of all figures that torch.cuda.memory_allocated() makes: it is asked for at the
+    # begin of each step, when the device waits for the host.
+    stats: Any = torch.cuda.memory_stats_as_nested_dict(device)
+    return int(stats["allocated_bytes"]["all"][which]) if stats else 0
 
 
 def planned_for_bytes(model: nn.Module, device: torch.device) -> int:
