@@ -7,6 +7,7 @@ state-dict keys, PEFT, quantized linears and checkpoints are as before. A call t
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,18 +86,32 @@ def _norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
     takes = _takes(kernel)
     under_autocast = _float32_under_autocast(module, site, context)
 
+    function = getattr(kernel.function, "beside", None)
+    both = None if function is None else _norm_call(dataclasses.replace(kernel, function=function), site)
+
+    def dtype_of(x: torch.Tensor) -> torch.dtype | None:
+        wide = under_autocast and torch.is_autocast_enabled(x.device.type)
+        return torch.float32 if wide else None
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else kwargs.get(name)
         if len(args) + len(kwargs) != 1 or not takes(x):
             return original(self, *args, **kwargs)
-        wide = under_autocast and torch.is_autocast_enabled(x.device.type)
-        out_dtype = torch.float32 if wide else None
+        out_dtype = dtype_of(x)
         y = call(self, x, out_dtype)
         if NOW.norms:
             note(self, y, x, lambda x: call(self, x, out_dtype))
         return y
 
+    def beside(self: nn.Module, x: torch.Tensor) -> Any:
+        out_dtype = dtype_of(x)
+        y, same = both(self, x, out_dtype)  # type: ignore[misc]
+        if NOW.norms:
+            note(self, y, x, lambda x: call(self, x, out_dtype))
+        return y, same
+
     named_like(forward, module)
+    vars(forward)["beside"] = None if both is None else beside
     return Patch(
         module=site.module,
         op=site.role,
@@ -173,6 +188,15 @@ def _verify_norm(
             comparisons += compare(
                 partial(run, forward), partial(run, type(module).forward), truth, tensors, ["x", *trainable]
             )
+            beside = vars(forward)["beside"]
+            if beside is not None and activation != torch.float64:
+                comparisons += compare(
+                    partial(run, beside),
+                    lambda x, run=run, **leaves: (run(type(module).forward, x, **leaves), x.view_as(x)),
+                    lambda x, truth=truth, **leaves: (truth(x, **leaves), x.view_as(x)),
+                    tensors,
+                    ["x", *trainable],
+                )
     return comparisons
 
 
@@ -598,7 +622,9 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
             return original(self, *args, **kwargs)
         passed = {name: given.pop(name, default) for name, default in passes.items()}
         extra = {name: value for name, value in given.items() if name not in names}
-        inner = steps[attention](hidden_states=steps[before](x), **passed, **extra)[0]
+        normed, x = _normed(steps[before], x)
+        inner = steps[attention](hidden_states=normed, **passed, **extra)[0]
+        del normed
         if after:
             inner = steps[after](inner)
         normed, summed = function(inner, x, getattr(put_off, weight) if weight else None, **options)
@@ -628,6 +654,16 @@ def _add_rms_norm_patch(model: nn.Module, site: Site, context: PlanContext) -> P
         ),
         replays=(site.module,),
     )
+
+
+def _normed(norm: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """(norm(x), x), the norm's backward adding what x gets a gradient for otherwise."""
+    beside = getattr(getattr(vars(norm).get("forward"), "__func__", None), "beside", None)
+    graph = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    if beside is None or not graph or _hooked(norm) or x.dtype == torch.float64:
+        return norm(x), x
+    made: tuple[Any, torch.Tensor] = beside(norm, x)
+    return made
 
 
 def _in_decorators(decorated: Forward, replacement: Forward) -> Forward:
@@ -704,8 +740,6 @@ def _takes(kernel: KernelSpec) -> Callable[[Any], bool]:
 
 def _reference(kernel: KernelSpec) -> KernelSpec:
     """The kernel's float64 truth in the kernel's place."""
-    import dataclasses
-
     return dataclasses.replace(
         kernel,
         function=kernel.reference,

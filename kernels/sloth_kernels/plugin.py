@@ -98,6 +98,10 @@ def _too_wide(device: torch.device, dtype: torch.dtype, facts: Mapping[str, Any]
     )
 
 
+# For a decoder layer, which adds to the norm's input later (see sloth_plugins.patches).
+vars(rms_norm.rms_norm)["beside"] = add_rms_norm.rms_norm_beside
+
+
 @hookimpl(trylast=True)
 def sloth_register_kernels() -> Sequence[KernelSpec]:
     """Our kernels: Triton first, so that "auto" takes it where a GPU is there."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from norm_cases import COMPILE_BACKEND, DTYPES, EPS, SHAPES, poison, views
-from sloth_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from sloth_kernels.rms_norm import rms_norm
+from sloth_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_beside
+from sloth_kernels.rms_norm import rms_norm, rms_norm_reference
 from three_way import check
 
 __all__ = ["poison"]
@@ -47,6 +47,33 @@ def test_shapes(
     weight = torch.randn(shape[-1], dtype=dtype, device=device)
     compare({"x": x, "residual": residual, "weight": weight}, **order)
     compare({"x": x, "residual": residual, "weight": weight}, frozen=["weight"], **order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_norm_beside_its_input(
+    shape: tuple[int, ...], dtype: torch.dtype, order: dict[str, Any], device: torch.device, poison: None
+) -> None:
+    """Outputs, and a gradient that comes through both, either or the input alone."""
+    x, weight = (torch.randn(size, dtype=dtype, device=device) for size in (shape, shape[-1:]))
+    settings = {"eps": EPS, **order}
+
+    def both(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm_reference(x, weight, **settings), x.view_as(x)
+
+    for frozen in ([], ["weight"]):
+        check(partial(rms_norm_beside, **settings), both, {"x": x, "weight": weight}, frozen=frozen)
+    leaf = x.clone().requires_grad_()
+    y, same = rms_norm_beside(leaf, weight, **settings)
+    assert same.data_ptr() == leaf.data_ptr() and same is not leaf
+    assert torch.equal(y, rms_norm(x, weight, **settings))
+    given = torch.randn_like(x)
+    (alone,) = torch.autograd.grad(y, leaf, given, retain_graph=True)
+    (want,) = torch.autograd.grad(rms_norm(leaf, weight, **settings), leaf, given)
+    assert torch.equal(alone, want)
+    (through,) = torch.autograd.grad(same, leaf, given)
+    assert torch.equal(through, given)
 
 
 @pytest.mark.parametrize("order", ORDERS)
