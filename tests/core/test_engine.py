@@ -203,6 +203,35 @@ def test_the_original_class_forward_runs_nowhere(monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_an_input_norm_adds_the_residuals_gradient() -> None:
+    """In its own backward, except where somebody wants to see the norm's call."""
+    model = tiny_model("llama")
+    ids = batch(model)
+    want = loss_and_gradients(model, ids)
+
+    def beside() -> int:
+        todo, seen = [model(input_ids=ids, labels=ids).loss.grad_fn], set()
+        while todo:
+            if (node := todo.pop()) is not None and node not in seen:
+                seen.add(node)
+                todo += [following for following, _ in node.next_functions]
+        return sum("RMSNormBeside" in node.name() for node in seen)
+
+    with sloth.accelerate(model, kernels="triton"):
+        assert beside() == 2
+        same_training(model, want, ids)
+        calls: list[Any] = []
+        handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        assert beside() == 1 and calls == [1]
+        same_training(model, want, ids)
+        handle.remove()
+        model.model.embed_tokens.requires_grad_(False)
+        assert beside() == 1  # the first layer's input has no gradient
+        model.model.embed_tokens.requires_grad_(True)
+    assert beside() == 0
+    same_training(model, want, ids, exact=True)
+
+
 # Copies, files
 
 
