@@ -46,6 +46,7 @@ from sloth_kernels._library import (
     triton,
     wants_graph,
 )
+from sloth_kernels._streams import Side, current_stream, on
 from sloth_kernels.gated_activation import (
     ACTIVATIONS,
     as_matrix,
@@ -367,33 +368,30 @@ class _Ahead:
         if self.works:
             group, x = self.group, self.x
             self.joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
-            self.free = torch.cuda.current_stream(x.device).record_event()
+            self.side = _side(x.device)
+            self.side.wait()
 
     def after(self) -> None:
         """To be called after it."""
         if self.works:
-            side = _side_stream(self.x.device)
-            side.wait_event(self.free)
-            with torch.cuda.stream(side):
+            with on(self.side.stream):
                 self.buffers = _buffers(self.group, self.x, self.tensors, self.joint)
-            self.done = side.record_event()
+            self.done = self.side.stream.record_event()
 
     def result(self) -> _Buffers:
         """The buffers, for what the main stream does from now on."""
         buffers, self.buffers = self.buffers, None
         if buffers is None:
             return _buffers(self.group, self.x, self.tensors)
-        torch.cuda.current_stream(self.x.device).wait_event(self.done)
+        current_stream(self.x.device).wait_event(self.done)
         return buffers
 
     def __del__(self) -> None:
         if self.buffers is not None:  # an exception came between: nobody gets this memory before it is filled
-            torch.cuda.current_stream(self.x.device).wait_event(self.done)
+            current_stream(self.x.device).wait_event(self.done)
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+_side = functools.cache(Side)  # one a device
 
 
 def _dense(weight: Weight, dtype: torch.dtype, fused: bool) -> torch.Tensor:
