@@ -228,7 +228,7 @@ class _Group(NamedTuple):
     float32, since outside autocast eager runs them in the adapters' dtype, which is not the activations'.
     fused: Triton kernels are used, else PyTorch's operators. kept: where expanded weights stay, if they do.
     row: elements from row to row of an extended weight or input. dropout: whether any adapter's input is
-    dropped.
+    dropped. biased: whether any layer or adapter has a bias.
     """
 
     slots: tuple[_Slot, ...]
@@ -238,6 +238,7 @@ class _Group(NamedTuple):
     columns: int
     row: int
     dropout: bool
+    biased: bool
     extended: bool
     wide: bool
     fused: bool
@@ -502,7 +503,9 @@ def _group_forward(
     extended_x: (T, row) whose first K columns are x already. ahead: to expand during a joint matmul.
     """
     buffers = buffers or _buffers(group, x, tensors)
-    biases = [_bias(slot, tensors, i, x.dtype) for i, slot in enumerate(group.slots)]
+    biases: list[torch.Tensor | None] = [None] * len(group.slots)
+    if group.biased:
+        biases = [_bias(slot, tensors, i, x.dtype) for i, slot in enumerate(group.slots)]
     p = None
     if group.extended:
         assert buffers.joint is not None and group.views is not None
@@ -513,7 +516,7 @@ def _group_forward(
                 extended_x = torch.empty((x.shape[0], group.row), dtype=x.dtype, device=x.device)
             p = _low_rank(group, seeds, buffers.rows, x, extended_x, filled)
             left = extended_x[:, : group.k + group.columns]
-        if together and not any(bias is not None for bias in biases):
+        if together and not group.biased:
             if ahead is not None:
                 ahead.before()
             right = buffers.joint.as_strided(*group.views.right)
@@ -702,7 +705,7 @@ def _adapter_gradients(
                 dtype=dtype or b.dtype,
                 fused=group.fused,
             )
-        for offset, scale in ((2, slot.scaling), (3, 1.0)):
+        for offset, scale in ((2, slot.scaling), (3, 1.0)) if group.biased else ():
             target = tensors[first + offset]
             if needs[first + offset] and target is not None:
                 result[first + offset] = (grad.sum(0, dtype=torch.float32) * scale).to(dtype or target.dtype)
@@ -1011,11 +1014,11 @@ class _LoraMLPAgain(torch.autograd.Function):
         buffers = (_buffers(first, rows, ours), _buffers(last, rows, theirs)) if several else None
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
-        # A group with biases writes its outputs one by one.
-        biased = any(t is not None for i in (2, 3) for t in ours[i::TENSORS_A_PROJECTION])
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
             of_first, of_last = buffers or (None, None)
-            joint = _gradient_buffer(first, len(part), part) if first.extended and not biased else None
+            # A group with biases writes its outputs one by one.
+            side_by_side = first.extended and not first.biased
+            joint = _gradient_buffer(first, len(part), part) if side_by_side else None
             (gate, up), p = _group_forward(
                 first, pair[0], part, ours, together=True, buffers=of_first, into=joint
             )
@@ -1114,12 +1117,13 @@ def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _
     extended = extended and all(isinstance(p.weight, FourBit) for p in projections)
     row = k + ceil_div(column, ROW_ALIGNMENT) * ROW_ALIGNMENT
     dropout = any(run.dropout for run in runs)
+    biased = any(p.bias is not None or (p.adapter and p.adapter.bias is not None) for p in projections)
     extension = views = None
     if extended:
         extension = Extension([Part(slot.weight, slot.column, slot.padded) for slot in slots])  # type: ignore[arg-type]
         views = _views(slots, runs, k, row, dropout)
     return _Group(
-        *(tuple(slots), tuple(runs), k, start, column, row, dropout),
+        *(tuple(slots), tuple(runs), k, start, column, row, dropout, biased),
         *(extended, bool(wide), fused, extension, views),
     )
 
