@@ -21,6 +21,7 @@ the matmuls of `lora` want them.
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Sequence
@@ -431,6 +432,35 @@ class _Table(NamedTuple):
     launcher: Launcher
 
 
+@functools.lru_cache(4096)
+def _extender(
+    k: int,
+    columns: int,
+    blocksize: int,
+    outer_blocksize: int | None,
+    dtype: torch.dtype,
+    factor: torch.dtype,
+    parts: int,
+) -> Launcher:
+    """The kernel, which all extensions of a kind share; outer_blocksize: of nested scales."""
+    return Launcher(
+        _extend_kernel,
+        K=k,
+        COLUMNS=columns,
+        BLOCKSIZE=blocksize,
+        BLOCKSIZE2=1 if outer_blocksize is None else outer_blocksize,
+        NESTED=outer_blocksize is not None,
+        ROUND=_TRITON_DTYPES[dtype],
+        FACTOR=_TRITON_DTYPES[factor],
+        PARTS=parts,
+        FIELDS=len(_FIELDS),
+        TILE=TILE,
+        BLOCK=PACK_BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+
+
 class Extension:
     """Fills a buffer with [W_i | b_i] of several weights, one below the other, and the a_i below these.
 
@@ -445,27 +475,11 @@ class Extension:
         self.states = [part.weight.state for part in parts]
         self.columns = sum(part.padded for part in parts)
         inner = first.state.state2
-        self.constants: dict[str, Any] = dict(
-            K=self.k,
-            COLUMNS=max(1, self.columns),
-            BLOCKSIZE=first.state.blocksize,
-            BLOCKSIZE2=1 if inner is None else inner.blocksize,
-            NESTED=inner is not None,
-            ROUND=_TRITON_DTYPES.get(first.state.dtype),
-            PARTS=len(parts),
-            FIELDS=len(_FIELDS),
-            TILE=TILE,
-            BLOCK=PACK_BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
         self.stored = operator.attrgetter("absmax", "code", *(() if inner is None else _NESTED))
         self.alike = all(self._like_first(part.weight) for part in parts)
         # By all addresses, and whether weights are expanded. Dtypes and shapes of factors are those of the
         # projections' adapters.
         self.tables: dict[tuple[int, ...], _Table | None] = {}
-        self.launchers: dict[Any, Launcher] = {}
-        """By the dtype of factors."""
 
     def _like_first(self, weight: FourBit) -> bool:
         """Whether one launch can expand it with the first."""
@@ -557,11 +571,13 @@ class Extension:
             rows.append([expand_from, b_from, a_from, *addresses, start, n, column])
             rows[-1] += [of_low[0], padded, *of_low[1:]]
             start += n
-        factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
-        if factor not in self.launchers:
-            self.launchers[factor] = Launcher(_extend_kernel, FACTOR=factor, **self.constants)
+        inner = self.state.state2
+        launcher = _extender(
+            *(self.k, max(1, self.columns), self.state.blocksize, None if inner is None else inner.blocksize),
+            *(self.state.dtype, low[0].dtype if low else torch.float32, len(self.parts)),
+        )
         table = torch.tensor(rows, dtype=torch.int64).to(out.device)
-        return _Table(table, programs, start, self.launchers[factor])
+        return _Table(table, programs, start, launcher)
 
 
 _PLAINLY = torch._C.DisableTorchFunctionSubclass
