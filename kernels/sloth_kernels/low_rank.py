@@ -820,7 +820,7 @@ def activated_tall(
         *(share, splits, threshold, scale),
     )
     launcher(grid, tensors, scalars, repeatable=dgate is not gate)
-    q_part, gate_part, up_part = flat.split(sizes)
+    q_part, gate_part, up_part = flat.split_with_sizes(sizes)
     return [
         q_part.view(ranks[0], n) if ranks[0] else None,
         gate_part.view(n, ranks[1]) if ranks[1] else None,
