@@ -415,9 +415,9 @@ def _reader(said: set[str]) -> Callable[..., _Item | None]:
         elif active not in lora_a:
             return None
         own = layer.__dict__
-        if (own.get("lora_variant") or own.get("use_dora")) and (
-            variant := _variant(layer, active)
-        ) is not None:
+        variants, dora = own.get("lora_variant"), own.get("use_dora")
+        special = (variants and active in variants) or (dora and dora.get(active))
+        if special and (variant := _variant(layer, active)) is not None:
             say(f"adapter {active!r} is {variant}")
             return False
         a, b = lora_a[active], modules["lora_B"]._modules[active]
@@ -492,7 +492,7 @@ def _reader(said: set[str]) -> Callable[..., _Item | None]:
         if kind != _FOUR_BIT:
             return None
         state = getattr(weight, "quant_state", None)
-        if state is None or getattr(state, "packing_format_for_cpu", False):
+        if state is None or state.__dict__.get("packing_format_for_cpu"):
             return None
         if (
             last is not None
@@ -555,10 +555,10 @@ def _compute_dtype(
             # Reentrant checkpointing runs without grad at first, and must drop what the recomputation drops.
             and (projection.adapter is None or not projection.adapter.dropout)
         )
-        or projection.weight.packed.device != x.device
     ):
         return None
-    return wanted
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' Params4bit looks at each call otherwise
+        return wanted if projection.weight.packed.device == x.device else None
 
 
 class _Proven:

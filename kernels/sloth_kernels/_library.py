@@ -40,6 +40,7 @@ except ImportError:
 __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
+    "Launcher",
     "differentiable_gradients",
     "launch",
     "register_op",
@@ -92,6 +93,85 @@ def run_op(op: Callable[..., Any], implementation: Callable[..., Any], *args: An
     return implementation(*args)
 
 
+class Launcher:
+    """A kernel with its warps and constants, which a call site that is called often makes once.
+
+    `launcher(grid, tensors, scalars)` is `kernel[grid](*tensors, *scalars, num_warps=..., **constants)`,
+    without Triton's binding from the second call on. That binding costs more than a small model's kernel. A
+    compiled kernel is found by all that Triton specializes on: dtypes and 16-byte alignment of tensors,
+    values of scalars and constants. Once for each kernel, on small tensors, the short way is run after the
+    ordinary one and must leave the same bits; otherwise, and where Triton's interface has changed, the
+    ordinary way stays. That launch must read nothing it writes: one that does, as in place, is not
+    `repeatable` and leaves the proof to others of its kernel. The short way does not call Triton's launch
+    hooks, which its own profiler uses.
+
+    Tensors may be None, but for the first, which says on which device.
+    """
+
+    __slots__ = ("constants", "kernel", "num_warps")
+
+    def __init__(self, kernel: Any, *, num_warps: int, **constants: Any) -> None:
+        self.kernel, self.num_warps, self.constants = kernel, num_warps, constants
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Any, ...],
+        scalars: tuple[Any, ...] = (),
+        repeatable: bool | int = True,
+    ) -> None:
+        if INTERPRETED:
+            self._ordinary(grid, tensors, scalars)
+            return
+        device = tensors[0].get_device()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self(grid, tensors, scalars, repeatable)
+            return
+        try:
+            pointers: list[Any] = [*map(_POINTER, tensors)]
+            dtypes = (*map(_DTYPE, tensors),)
+        except (AttributeError, TypeError):  # None among them
+            pointers = [None if t is None else t.data_ptr() for t in tensors]
+            dtypes = tuple(None if t is None else t.dtype for t in tensors)
+            low: Any = tuple(None if p is None else p & 15 for p in pointers)
+        else:
+            low = functools.reduce(operator.or_, pointers) & 15
+            if low:
+                low = tuple(p & 15 for p in pointers)
+        # With the types: 1 and 1.0 and True are equal as keys, and not to Triton.
+        key = self, device, scalars, (*map(type, scalars),), dtypes, low
+        known = _COMPILED.get(key)
+        if known is not None:
+            run, function, metadata, tail = known
+            x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *pointers, *scalars, *tail)
+            return
+        compiled = self._ordinary(grid, tensors, scalars)
+        identity = id(self.kernel)
+        if identity in _NO_SHORT_WAY or not (repeatable or identity in _SHORT_WAY):
+            return
+        try:
+            names = self.kernel.arg_names[len(tensors) + len(scalars) :]
+            tail = tuple(self.constants[name] for name in names)
+            known = compiled.run, compiled.function, compiled.packed_metadata, tail
+            if identity not in _SHORT_WAY:
+                stream = torch._C._cuda_getCurrentRawStream(device)
+                way = known[:3]
+                if not _prove_short_way(identity, way, grid, stream, tensors, (*pointers, *scalars, *tail)):
+                    return
+        except Exception:  # whatever a Triton that we don't know does: the ordinary way has run and stays
+            _NO_SHORT_WAY.add(identity)
+            return
+        if len(_COMPILED) >= _MOST_COMPILED:
+            _COMPILED.clear()  # a run whose shapes never repeat
+        _COMPILED[key] = known
+
+    def _ordinary(self, grid: tuple[int, ...], tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> Any:
+        return self.kernel[grid](*tensors, *scalars, num_warps=self.num_warps, **self.constants)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -100,73 +180,26 @@ def launch(
     repeatable: bool | int = True,
     **constants: Any,
 ) -> None:
-    """`kernel[grid](*args, num_warps=..., **constants)`, without Triton's binding from the second call on.
+    """`kernel[grid](*args, num_warps=..., **constants)` by a `Launcher`, which is made at the first call.
 
-    That binding costs more than a small model's kernel. A compiled kernel is found by all that Triton
-    specializes on: dtypes and 16-byte alignment of tensors, values of scalars and constants. Once for each
-    kernel, on small tensors, the short way is run after the ordinary one and must leave the same bits;
-    otherwise, and where Triton's interface has changed, the ordinary way stays. That launch must read nothing
-    it writes: one that does, as in place, is not `repeatable` and leaves the proof to others of its kernel.
-    The short way does not call Triton's launch hooks, which its own profiler uses.
-
-    Tensors (or None) come first among the arguments, then scalars; the first says on which device.
+    Tensors (or None) come first among the arguments, then scalars.
     """
     identity = id(kernel)
     count = _TENSORS.get(identity)
     if count is None:
         count = _TENSORS[identity] = _leading_tensors(args)
-    if INTERPRETED:
-        kernel[grid](*args, num_warps=num_warps, **constants)
-        return
-    tensors, scalars = args[:count], args[count:]
-    device = tensors[0].get_device()
-    if device != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            launch(kernel, grid, *args, num_warps=num_warps, repeatable=repeatable, **constants)
-        return
-    try:
-        pointers: list[Any] = [*map(_POINTER, tensors)]
-        dtypes = (*map(_DTYPE, tensors),)
-    except (AttributeError, TypeError):  # None among them
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
-        low: Any = tuple(None if p is None else p & 15 for p in pointers)
-    else:
-        low = functools.reduce(operator.or_, pointers) & 15
-        if low:
-            low = tuple(p & 15 for p in pointers)
     values = (*constants.values(),)
-    # With the types: 1 and 1.0 and True are equal as keys, and not to Triton.
-    key = identity, device, num_warps, values, scalars, (*map(type, values + scalars),), dtypes, low
-    known = _COMPILED.get(key)
-    if known is not None:
-        run, function, metadata, tail = known
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *pointers, *scalars, *tail)
-        return
-    compiled = kernel[grid](*args, num_warps=num_warps, **constants)
-    if identity in _NO_SHORT_WAY or not (repeatable or identity in _SHORT_WAY):
-        return
-    try:
-        tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        known = compiled.run, compiled.function, compiled.packed_metadata, tail
-        if identity not in _SHORT_WAY:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            way = known[:3]
-            if not _prove_short_way(identity, way, grid, stream, tensors, (*pointers, *scalars, *tail)):
-                return
-    except Exception:  # whatever a Triton that we don't know does: the ordinary way has run and stays
-        _NO_SHORT_WAY.add(identity)
-        return
-    if len(_COMPILED) >= _MOST_COMPILED:
-        _COMPILED.clear()  # a run whose shapes never repeat
-    _COMPILED[key] = known
+    key = identity, num_warps, values, (*map(type, values),)
+    launcher = _LAUNCHERS.get(key)
+    if launcher is None:
+        launcher = _LAUNCHERS[key] = Launcher(kernel, num_warps=num_warps, **constants)
+    launcher(grid, args[:count], args[count:], repeatable)
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _POINTER, _DTYPE = torch.Tensor.data_ptr, operator.attrgetter("dtype")
 _TENSORS: dict[int, int] = {}
+_LAUNCHERS: dict[tuple[Any, ...], Launcher] = {}
 _COMPILED: dict[tuple[Any, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 _MOST_COMPILED = 10_000
 _SHORT_WAY: set[int] = set()

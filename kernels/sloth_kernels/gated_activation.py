@@ -172,7 +172,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """x as a matrix of rows whose elements adjoin; a view where its strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

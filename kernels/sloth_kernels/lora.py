@@ -48,6 +48,7 @@ from sloth_kernels._library import (
     triton,
     wants_graph,
 )
+from sloth_kernels._streams import Side, current_stream, on
 from sloth_kernels.gated_activation import (
     ACTIVATIONS,
     as_matrix,
@@ -109,7 +110,8 @@ class Projection:
 
 
 class _Slot(NamedTuple):
-    """What a group knows of one projection: rows of the joint weight, columns of the joint low-rank term."""
+    """What a group knows of one projection: rows of the joint weight, columns of the joint low-rank term; and
+    which of the group's runs its adapter is in."""
 
     weight: Weight
     start: int
@@ -118,6 +120,7 @@ class _Slot(NamedTuple):
     padded: int
     rank: int
     scaling: float
+    run: int
 
 
 class _Kept:
@@ -196,12 +199,38 @@ class _Run(NamedTuple):
         return Dropout(p=self.dropout, seeds=seeds[self.first : self.last], width=self.width)
 
 
+class _View(NamedTuple):
+    """A block of a matrix as `as_strided` gives it: at once, where slices and a transposition are three steps
+    with as many tensors."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    offset: int
+
+
+class _Views(NamedTuple):
+    """The blocks of an extended weight, [W_i | B_i] over A.
+
+    a: A. down: W over A, of all; without A where an adapter's input is dropped. right: [W | B].T of all, and
+    rights of each projection. b: B.T of each projection, and of_runs of each run for all projections.
+    """
+
+    a: _View
+    down: _View
+    right: _View
+    rights: tuple[_View, ...]
+    b: tuple[_View, ...]
+    of_runs: tuple[_View, ...]
+
+
 class _Group(NamedTuple):
     """Projections of one input.
 
     extended: the low-rank terms ride in the matmuls of expanded weights. wide: the small matmuls run in
     float32, since outside autocast eager runs them in the adapters' dtype, which is not the activations'.
     fused: Triton kernels are used, else PyTorch's operators. kept: where expanded weights stay, if they do.
+    row: elements from row to row of an extended weight or input. dropout: whether any adapter's input is
+    dropped. biased: whether any layer or adapter has a bias.
     """
 
     slots: tuple[_Slot, ...]
@@ -209,25 +238,15 @@ class _Group(NamedTuple):
     k: int
     n: int
     columns: int
+    row: int
+    dropout: bool
+    biased: bool
     extended: bool
     wide: bool
     fused: bool
     extension: Extension | None
+    views: _Views | None
     kept: _Kept | None = None
-
-    @property
-    def row(self) -> int:
-        """Elements from row to row of an extended weight or input."""
-        return self.k + ceil_div(self.columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-    def run_of(self, slot: _Slot) -> _Run:
-        """The run of a projection that has an adapter."""
-        return next(run for run in self.runs if run.start <= slot.column < run.stop)
-
-    @property
-    def dropout(self) -> bool:
-        """Whether any adapter's input is dropped."""
-        return any(run.dropout for run in self.runs)
 
     def seeds(self, device: torch.device) -> torch.Tensor | None:
         """New seeds, one an adapter, from the device's generator, which checkpointing sets back."""
@@ -329,13 +348,11 @@ class _Buffers(NamedTuple):
     columns: tuple[torch.Tensor, ...] | None
 
     def factors(self, group: _Group, i: int) -> torch.Tensor:
-        """B of the i-th projection (N, padded)."""
+        """B.T of the i-th projection (padded, N)."""
         if self.columns is not None:
-            return self.columns[i]
-        slot = group.slots[i]
-        assert self.joint is not None
-        column = group.k + slot.column
-        return self.joint[slot.start : slot.start + slot.width, column : column + slot.padded]
+            return self.columns[i].t()
+        assert self.joint is not None and group.views is not None
+        return self.joint.as_strided(*group.views.b[i])
 
 
 class _Ahead:
@@ -354,33 +371,30 @@ class _Ahead:
         if self.works:
             group, x = self.group, self.x
             self.joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
-            self.free = torch.cuda.current_stream(x.device).record_event()
+            self.side = _side(x.device)
+            self.side.wait()
 
     def after(self) -> None:
         """To be called after it."""
         if self.works:
-            side = _side_stream(self.x.device)
-            side.wait_event(self.free)
-            with torch.cuda.stream(side):
+            with on(self.side.stream):
                 self.buffers = _buffers(self.group, self.x, self.tensors, self.joint)
-            self.done = side.record_event()
+            self.done = self.side.stream.record_event()
 
     def result(self) -> _Buffers:
         """The buffers, for what the main stream does from now on."""
         buffers, self.buffers = self.buffers, None
         if buffers is None:
             return _buffers(self.group, self.x, self.tensors)
-        torch.cuda.current_stream(self.x.device).wait_event(self.done)
+        current_stream(self.x.device).wait_event(self.done)
         return buffers
 
     def __del__(self) -> None:
         if self.buffers is not None:  # an exception came between: nobody gets this memory before it is filled
-            torch.cuda.current_stream(self.x.device).wait_event(self.done)
+            current_stream(self.x.device).wait_event(self.done)
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+_side = functools.cache(Side)  # one a device
 
 
 def _dense(weight: Weight, dtype: torch.dtype, fused: bool) -> torch.Tensor:
@@ -402,12 +416,13 @@ def _buffers(
     step = TENSORS_A_PROJECTION
     factors = [*zip(tensors[::step], tensors[1::step], strict=True)]
     if group.extension is not None:
+        assert group.views is not None
         kept = group.kept
         if kept is not None:
             joint = kept.buffer(group, x)
         elif joint is None:
             joint = torch.empty((group.n + group.columns, group.row), dtype=x.dtype, device=x.device)
-        rows = joint[group.n :, : group.k]
+        rows = joint.as_strided(*group.views.a)
         there = kept is not None and kept.filled
         if group.extension.fill(joint, factors, weights=not there):
             if kept is not None:
@@ -461,14 +476,15 @@ def _low_rank(
     if group.wide:
         x = x.float()
     parts = []
+    several = len(group.runs) > 1
     for i, run in enumerate(group.runs):
         copy = tail = None
         if extended_x is not None:
             copy = None if filled or i else extended_x[:, : group.k]
             tail = extended_x[:, group.k + run.start : group.k + run.stop]
-        own = rows[run.start : run.stop]
+        own = rows[run.start : run.stop] if several else rows
         parts.append(_narrow(group, run, x, own, copy, tail, dropout=run.masks(seeds)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return torch.cat(parts, 1) if several else parts[0]
 
 
 def _group_forward(
@@ -489,29 +505,30 @@ def _group_forward(
     extended_x: (T, row) whose first K columns are x already. ahead: to expand during a joint matmul.
     """
     buffers = buffers or _buffers(group, x, tensors)
-    biases = [_bias(slot, tensors, i, x.dtype) for i, slot in enumerate(group.slots)]
+    biases: list[torch.Tensor | None] = [None] * len(group.slots)
+    if group.biased:
+        biases = [_bias(slot, tensors, i, x.dtype) for i, slot in enumerate(group.slots)]
     p = None
     if group.extended:
-        assert buffers.joint is not None
-        width = group.k + group.columns
+        assert buffers.joint is not None and group.views is not None
         left = x
         if group.columns:
             filled = extended_x is not None
             if extended_x is None:
                 extended_x = torch.empty((x.shape[0], group.row), dtype=x.dtype, device=x.device)
             p = _low_rank(group, seeds, buffers.rows, x, extended_x, filled)
-            left = extended_x[:, :width]
-        if together and not any(bias is not None for bias in biases):
+            left = extended_x[:, : group.k + group.columns]
+        if together and not group.biased:
             if ahead is not None:
                 ahead.before()
-            right = buffers.joint[: group.n, :width].t()
+            right = buffers.joint.as_strided(*group.views.right)
             y = left @ right if into is None else torch.mm(left, right, out=into[:, : group.n])
             if ahead is not None:
                 ahead.after()
             return _outputs(group, y), p
         outputs = []
-        for slot, bias in zip(group.slots, biases, strict=True):
-            right = buffers.joint[slot.start : slot.start + slot.width, :width].t()
+        for view, bias in zip(group.views.rights, biases, strict=True):
+            right = buffers.joint.as_strided(*view)
             outputs.append(left @ right if bias is None else torch.addmm(bias, left, right))
         return outputs, p
     if group.columns:
@@ -521,7 +538,7 @@ def _group_forward(
         weight = _dense(slot.weight, x.dtype, group.fused).t()
         if slot.rank:
             assert p is not None
-            low, factors = p[:, slot.column : slot.column + slot.padded], buffers.factors(group, i).t()
+            low, factors = p[:, slot.column : slot.column + slot.padded], buffers.factors(group, i)
             y = low @ factors if bias is None else torch.addmm(bias.to(low.dtype), low, factors)
             y = y.to(x.dtype).addmm_(x, weight)
         else:
@@ -583,33 +600,29 @@ def _input_gradient(
     q: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     if group.extended:
-        assert buffers.joint is not None
+        assert buffers.joint is not None and group.views is not None
         end = group.n + group.columns
         if joint is not None:
-            for run in group.runs:
-                low = slice(group.k + run.start, group.k + run.stop)
+            for run, view in zip(group.runs, group.views.of_runs, strict=True):
                 to = joint[:, group.n + run.start : group.n + run.stop]
-                _narrow(group, run, joint[:, : group.n], buffers.joint[: group.n, low].t(), extension=to)
+                _narrow(group, run, joint[:, : group.n], buffers.joint.as_strided(*view), extension=to)
         elif group.columns or len(group.slots) > 1:
             joint = _gradient_buffer(group, rows, like)
             for i, (slot, g) in enumerate(zip(group.slots, given, strict=True)):
                 own = slice(slot.start, slot.start + slot.width)
                 if slot.rank:  # Q, and the gradient's way into the buffer, in one pass
                     to = joint[:, group.n + slot.column : group.n + slot.column + slot.padded]
-                    factors = buffers.factors(group, i).t()
-                    _narrow(group, group.run_of(slot), g, factors, joint[:, own], to)
+                    factors = buffers.factors(group, i)
+                    _narrow(group, group.runs[slot.run], g, factors, joint[:, own], to)
                 else:
                     joint[:, own] = g
         if joint is not None and group.columns:
             q = joint[:, group.n : end]
         if ahead is not None:
             ahead.before()
-        if needs_x and joint is None:
-            dx = given[0] @ buffers.joint[: group.n, : group.k]
-        elif needs_x:
-            assert joint is not None
-            width = group.n if dropout else end
-            dx = joint[:, :width] @ buffers.joint[:width, : group.k]
+        if needs_x:
+            left = given[0] if joint is None else joint[:, : group.n if dropout else end]
+            dx = left @ buffers.joint.as_strided(*group.views.down)
         if ahead is not None:
             ahead.after()
     else:
@@ -618,7 +631,7 @@ def _input_gradient(
             for i, slot in enumerate(group.slots):
                 if slot.rank:
                     target = q[:, slot.column : slot.column + slot.padded]
-                    run, factors = group.run_of(slot), buffers.factors(group, i).t()
+                    run, factors = group.runs[slot.run], buffers.factors(group, i)
                     target.copy_(_narrow(group, run, given[i].to(q.dtype), factors))
             if needs_x and not dropout:
                 dx = (q @ buffers.rows).to(like.dtype)
@@ -656,26 +669,28 @@ def _adapter_gradients(
     """
     result = list(known) or [None] * len(tensors)
     step = TENSORS_A_PROJECTION
-    das: dict[int, torch.Tensor] = {}  # by the column where an adapter begins
-    for run in group.runs:
-        inside = [
-            i for i, slot in enumerate(group.slots) if slot.rank and run.start <= slot.column < run.stop
+    das: dict[int, torch.Tensor] = {}
+    for number, run in enumerate(group.runs):
+        wanted = [
+            i
+            for i, slot in enumerate(group.slots)
+            if slot.rank and slot.run == number and needs[i * step] and result[i * step] is None
         ]
-        wanted = [i for i in inside if needs[i * step] and result[i * step] is None]
         if not wanted:
             continue
         assert done.q is not None
         dtypes = {dtype or tensor.dtype for i in wanted if (tensor := tensors[i * step]) is not None}
         together = tall_matmul(
             x.to(done.q.dtype),
-            done.q[:, run.start : run.stop],
+            done.q[:, run.start : run.stop] if len(group.runs) > 1 else done.q,
             transposed=True,
             dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
             dropout=run.masks(seeds),
             fused=group.fused,
         )
         for i in wanted:
-            das[i] = together[group.slots[i].column - run.start :][: group.slots[i].rank]
+            first = group.slots[i].column - run.start
+            das[i] = together[first : first + group.slots[i].rank]
     for i, slot in enumerate(group.slots):
         first = i * step
         a, b = tensors[first], tensors[first + 1]
@@ -692,7 +707,7 @@ def _adapter_gradients(
                 dtype=dtype or b.dtype,
                 fused=group.fused,
             )
-        for offset, scale in ((2, slot.scaling), (3, 1.0)):
+        for offset, scale in ((2, slot.scaling), (3, 1.0)) if group.biased else ():
             target = tensors[first + offset]
             if needs[first + offset] and target is not None:
                 result[first + offset] = (grad.sum(0, dtype=torch.float32) * scale).to(dtype or target.dtype)
@@ -817,13 +832,10 @@ def _outputs(group: _Group, y: torch.Tensor) -> list[torch.Tensor]:
     return [y[:, slot.start : slot.start + slot.width] for slot in group.slots]
 
 
-def _joint_buffer(
-    group: _Group, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]
-) -> torch.Tensor | None:
+def _joint_buffer(group: _Group, x: torch.Tensor) -> torch.Tensor | None:
     """For the outputs of gate and up of x (T, K), where their gradients will be; None for a group whose
     outputs are made one by one."""
-    biased = any(t is not None for i in (2, 3) for t in tensors[i::TENSORS_A_PROJECTION])
-    return _gradient_buffer(group, len(x), x) if group.extended and not biased else None
+    return _gradient_buffer(group, len(x), x) if group.extended and not group.biased else None
 
 
 class _Saved(NamedTuple):
@@ -940,7 +952,7 @@ class _LoraMLP(torch.autograd.Function):
         seeds, last_seeds = first.seeds(x.device), last.seeds(x.device)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
         ahead = _Ahead(last, rows, theirs) if output else None
-        joint = _joint_buffer(first, rows, ours)
+        joint = _joint_buffer(first, rows)
         watched = _watched()  # who gives a result back does not write it to `out`
         into = None if watched else joint
         (gate, up), p = _group_forward(first, seeds, rows, ours, together=True, ahead=ahead, into=into)
@@ -1061,7 +1073,7 @@ class _LoraMLPAgain(torch.autograd.Function):
         total: list[torch.Tensor | None] = [None] * len(tensors)
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
             of_first, of_last = buffers or (None, None)
-            joint = _joint_buffer(first, part, ours)
+            joint = _joint_buffer(first, part)
             (gate, up), p = _group_forward(
                 first, pair[0], part, ours, together=True, buffers=of_first, into=joint
             )
@@ -1143,7 +1155,6 @@ def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _
         rank = 0 if adapter is None else adapter.a.shape[0]
         padded = ceil_div(rank, RANK_ALIGNMENT) * RANK_ALIGNMENT
         scaling = 1.0 if adapter is None else float(adapter.scaling)
-        slots.append(_Slot(projection.weight, start, n, column, padded, rank, scaling))
         if adapter is not None:
             last = runs[-1] if runs else None
             kind = scaling, adapter.dropout
@@ -1152,6 +1163,7 @@ def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _
             else:
                 runs.append(_Run(number, number + 1, column, column + padded, padded, *kind))
             number += 1
+        slots.append(_Slot(projection.weight, start, n, column, padded, rank, scaling, len(runs) - 1))
         start, column = start + n, column + padded
     adapters = [p.adapter for p in projections if p.adapter is not None]
     dtypes = {t.dtype for adapter in adapters for t in (adapter.a, adapter.b)}
@@ -1159,10 +1171,35 @@ def _group(x: torch.Tensor, projections: Sequence[Projection], fused: bool) -> _
     k = x.shape[-1]
     extended = fused and takes(x) and k % 8 == 0 and not wide
     extended = extended and all(isinstance(p.weight, FourBit) for p in projections)
-    extension = None
+    row = k + ceil_div(column, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    dropout = any(run.dropout for run in runs)
+    biased = any(p.bias is not None or (p.adapter and p.adapter.bias is not None) for p in projections)
+    extension = views = None
     if extended:
         extension = Extension([Part(slot.weight, slot.column, slot.padded) for slot in slots])  # type: ignore[arg-type]
-    return _Group(tuple(slots), tuple(runs), k, start, column, extended, bool(wide), fused, extension)
+        views = _views(slots, runs, k, row, dropout)
+    return _Group(
+        *(tuple(slots), tuple(runs), k, start, column, row, dropout, biased),
+        *(extended, bool(wide), fused, extension, views),
+    )
+
+
+def _views(slots: Sequence[_Slot], runs: Sequence[_Run], k: int, row: int, dropout: bool) -> _Views:
+    n, columns = sum(slot.width for slot in slots), sum(slot.padded for slot in slots)
+
+    def transposed(rows: range, columns: range) -> _View:
+        return _View((len(columns), len(rows)), (1, row), rows.start * row + columns.start)
+
+    of_slots = [range(slot.start, slot.start + slot.width) for slot in slots]
+    low = [range(k + slot.column, k + slot.column + slot.padded) for slot in slots]
+    return _Views(
+        a=_View((columns, k), (row, 1), n * row),
+        down=_View((n if dropout else n + columns, k), (row, 1), 0),
+        right=transposed(range(n), range(k + columns)),
+        rights=tuple(transposed(rows, range(k + columns)) for rows in of_slots),
+        b=tuple(map(transposed, of_slots, low)),
+        of_runs=tuple(transposed(range(n), range(k + run.start, k + run.stop)) for run in runs),
+    )
 
 
 def _tensors(projections: Sequence[Projection]) -> list[torch.Tensor | None]:

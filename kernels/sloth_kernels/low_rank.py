@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from sloth_kernels._library import INTERPRETED, launch, tl, triton
+from sloth_kernels._library import INTERPRETED, Launcher, launch, tl, triton
 from sloth_kernels.gated_activation import _activate, gated_activation_bwd_into
 from sloth_kernels.rms_norm import INTERPRETER_MULTIPROCESSORS, multiprocessors
 
@@ -42,6 +42,7 @@ MOST_COLUMNS = 64
 FEWEST_COLUMNS = 16  # of a tensor core's tile
 MOST_SPLITS = 16
 MOST_TILES = 2**15
+MOST_PARTS = 2**22  # that are kept, 16 MiB
 # (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
 TILES = {
     "narrow": (64, 128, 4, 3),
@@ -460,8 +461,6 @@ class _Tiling(NamedTuple):
     share: int
     slot: int
     block: tuple[int, int, int]
-    warps: int
-    stages: int
 
     @property
     def tiles(self) -> int:
@@ -469,39 +468,139 @@ class _Tiling(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-@functools.lru_cache(4096)
 def _tiling(
-    tile: tuple[int, int, int, int], device: torch.device, rows: int, length: int, r: int, slot: int
+    tile: tuple[int, int], device: torch.device, rows: int, length: int, r: int, slot: int
 ) -> _Tiling:
-    """Of (rows, r) sums over `length`; tile: rows, length, warps, stages; slot: columns of an adapter."""
-    block_rows, block_length, warps, stages = tile
+    """Of (rows, r) sums over `length`; tile: rows, length; slot: columns of an adapter."""
+    block_rows, block_length = tile
     block_r = _columns(slot)
     tiles = ceil_div(rows, block_rows)
     column_blocks = ceil_div(r, slot) * ceil_div(slot, block_r)
     splits, share = _splits(device, tiles * column_blocks, length, block_length)
     block = block_rows, block_length, block_r
-    return _Tiling((column_blocks, tiles, splits), splits, share, slot, block, warps, stages)
+    return _Tiling((column_blocks, tiles, splits), splits, share, slot, block)
 
 
-def _precision(x: torch.Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@functools.lru_cache(4096)
+def _narrow(
+    tile: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    t: int,
+    k: int,
+    r: int,
+    slot: int,
+    copy: bool,
+    extend: bool,
+    drop: bool,
+) -> tuple[_Tiling, Launcher]:
+    """Of x (t, k) and w (r, k); tile: rows, length, warps, stages."""
+    tiling = _tiling(tile[:2], device, t, k, r, slot)
+    return tiling, Launcher(
+        _narrow_kernel,
+        MANY=tiling.splits > 1,
+        COPY=copy,
+        EXTEND=extend,
+        DROP=drop,
+        SLOT=slot,
+        PRECISION=_precision(dtype),
+        BLOCK_T=tiling.block[0],
+        BLOCK_K=tiling.block[1],
+        BLOCK_R=tiling.block[2],
+        num_warps=tile[2],
+        num_stages=tile[3],
+    )
+
+
+@functools.lru_cache(4096)
+def _tall(
+    tile: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    t: int,
+    n: int,
+    r: int,
+    slot: int,
+    drop: bool,
+) -> tuple[_Tiling, Launcher]:
+    """Of y (t, n) and p (t, r); tile: length, rows, warps, stages."""
+    tiling = _tiling((tile[1], tile[0]), device, n, t, r, slot)
+    return tiling, Launcher(
+        _tall_kernel,
+        MANY=tiling.splits > 1,
+        DROP=drop,
+        SLOT=slot,
+        PRECISION=_precision(dtype),
+        BLOCK_T=tiling.block[1],
+        BLOCK_N=tiling.block[0],
+        BLOCK_R=tiling.block[2],
+        num_warps=tile[2],
+        num_stages=tile[3],
+    )
+
+
+@functools.lru_cache(4096)
+def _activated(
+    tile: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    t: int,
+    n: int,
+    ranks: tuple[int, ...],
+    activation: str,
+    drop: bool,
+) -> tuple[tuple[int, int], int, Launcher]:
+    """(the grid, a split's rows, the kernel) of gate (t, n); tile: rows, columns, warps, stages."""
+    block_t, block_n, warps, stages = tile
+    tiles = ceil_div(n, block_n)
+    splits, share = _splits(device, tiles // 4, t, block_t)
+    rank, rank_gate, rank_up = ranks
+    launcher = Launcher(
+        _activated_tall_kernel,
+        MANY=splits > 1,
+        ACTIVATION=activation,
+        DROP=drop,
+        RANK=rank,
+        RANK_GATE=rank_gate,
+        RANK_UP=rank_up,
+        PRECISION=_precision(dtype),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+        BLOCK_R=_columns(max(ranks)),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return (tiles, splits), share, launcher
 
 
 def _parts(like: torch.Tensor, splits: int, size: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(room for the parts of `size` sums; counters, all 0, of at least `tiles` tiles)."""
+    """(room for the parts of `size` sums; counters, all 0, of at least `tiles` tiles).
+
+    Both stay: kernels of one stream run one after another, and each leaves zeros in the counters.
+    """
     device = like.device
     stream = torch._C._cuda_getCurrentRawStream(device.index) if like.is_cuda else 0
     counters = _COUNTERS.get((device, stream))
     if counters is None or counters.numel() < tiles:
-        # Kernels of one stream run one after another, and each leaves zeros.
         counters = torch.zeros(max(MOST_TILES, tiles), dtype=torch.int32, device=device)
         _COUNTERS[device, stream] = counters
     if splits == 1:
         return counters, counters  # no parts
-    return torch.empty((splits, size), dtype=torch.float32, device=device), counters
+    elements = splits * size
+    parts = _PARTS.get((device, stream))
+    if parts is None or parts.numel() < elements:
+        parts = torch.empty(elements, dtype=torch.float32, device=device)
+        if elements <= MOST_PARTS:
+            _PARTS[device, stream] = parts
+    return parts, counters
 
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+_PARTS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def _dropout_arguments(
@@ -545,45 +644,24 @@ def narrow_matmul(
             extension.copy_(result)
         return result
     seeds, threshold, keep_scale, slot = _dropout_arguments(dropout, x, r)
-    tiling = _tiling(TILES["narrow"], x.device, t, k, r, slot)
+    copies, extends = copy is not None, extension is not None
+    tiling, launcher = _narrow(
+        TILES["narrow"], x.device, x.dtype, t, k, r, slot, copies, extends, dropout is not None
+    )
     part, counters = _parts(x, tiling.splits, t * r, tiling.tiles)
     result = torch.empty((t, r), dtype=x.dtype, device=x.device)
-    stride_r, stride_k = w.stride()
-    launch(
-        _narrow_kernel,
-        tiling.grid,
-        x,
-        w,
-        result,
-        x if copy is None else copy,
-        result if extension is None else extension,
-        seeds,
-        part,
-        counters,
-        t,
-        k,
-        r,
-        tiling.share,
-        tiling.splits,
-        x.stride(0),
-        stride_r,
-        stride_k,
+    tensors = (
+        *(x, w, result, x if copy is None else copy, result if extension is None else extension),
+        *(seeds, part, counters),
+    )
+    scalars = (
+        *(t, k, r, tiling.share, tiling.splits, x.stride(0), *w.stride()),
         0 if copy is None else copy.stride(0),
         0 if extension is None else extension.stride(0),
         threshold,
         float(scale * keep_scale),
-        MANY=tiling.splits > 1,
-        COPY=copy is not None,
-        EXTEND=extension is not None,
-        DROP=dropout is not None,
-        SLOT=slot,
-        PRECISION=_precision(x),
-        BLOCK_T=tiling.block[0],
-        BLOCK_K=tiling.block[1],
-        BLOCK_R=tiling.block[2],
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
     )
+    launcher(tiling.grid, tensors, scalars)
     return result
 
 
@@ -616,41 +694,16 @@ def tall_matmul(
                 1,
             )
         return (low.t() if transposed else low).to(dtype).contiguous()
-    block_t, block_n, warps, stages = TILES["tall"]
     seeds, threshold, scale, slot = _dropout_arguments(dropout, y, r)
-    tiling = _tiling((block_n, block_t, warps, stages), y.device, n, t, r, slot)
+    tiling, launcher = _tall(TILES["tall"], y.device, y.dtype, t, n, r, slot, dropout is not None)
     part, counters = _parts(y, tiling.splits, n * r, tiling.tiles)
     result = torch.empty(shape, dtype=dtype, device=y.device)
-    launch(
-        _tall_kernel,
-        tiling.grid,
-        y,
-        p,
-        result,
-        seeds,
-        part,
-        counters,
-        t,
-        n,
-        r,
-        y.stride(0),
-        p.stride(0),
-        1 if transposed else r,
-        n if transposed else 1,
-        tiling.share,
-        tiling.splits,
-        threshold,
-        scale,
-        MANY=tiling.splits > 1,
-        DROP=dropout is not None,
-        SLOT=slot,
-        PRECISION=_precision(y),
-        BLOCK_T=block_t,
-        BLOCK_N=block_n,
-        BLOCK_R=tiling.block[2],
-        num_warps=warps,
-        num_stages=stages,
+    strides = (1, n) if transposed else (r, 1)
+    scalars = (
+        *(t, n, r, y.stride(0), p.stride(0), *strides, tiling.share, tiling.splits),
+        *(threshold, scale),
     )
+    launcher(tiling.grid, (y, p, result, seeds, part, counters), scalars)
     return result
 
 
@@ -687,7 +740,7 @@ def masked_add(
         dropout.scale,
         SLOTS=r // width,
         SLOT=width,
-        PRECISION=_precision(x),
+        PRECISION=_precision(x.dtype),
         BLOCK_T=block_t,
         BLOCK_K=block_k,
         BLOCK_R=_columns(width),
@@ -722,7 +775,7 @@ def activated_tall(
     dropout: grad is the gradient without the way through the adapter; D(q @ w), w (R, N), is added here.
     """
     (t, n), low = gate.shape, [q, *p]
-    ranks = [0 if item is None else item.shape[1] for item in low]
+    ranks = tuple(0 if item is None else item.shape[1] for item in low)
     present = [item for item in low if item is not None]
     same = all(item.dtype == gate.dtype for item in (grad, up, dgate, dup, *present))
     if not (fused and takes(gate) and same) or not gate.numel() or max(ranks) > MOST_COLUMNS or not present:
@@ -746,61 +799,28 @@ def activated_tall(
                 )
             )
         return found
-    block_t, block_n, warps, stages = TILES["activated_tall"]
     seeds, threshold, scale, _ = _dropout_arguments(dropout, gate, 0)
-    tiles = ceil_div(n, block_n)
-    splits, share = _splits(gate.device, tiles // 4, t, block_t)
+    grid, share, launcher = _activated(
+        TILES["activated_tall"], gate.device, gate.dtype, t, n, ranks, activation, dropout is not None
+    )
+    tiles, splits = grid
     sizes = [n * rank for rank in ranks]
     part, counters = _parts(gate, splits, sum(sizes), 3 * tiles)
     flat = torch.empty(sum(sizes), dtype=dtype, device=gate.device)
     q_or, gate_or, up_or = (gate if item is None else item for item in low)
     strides = {item.stride(0) for item in p if item is not None} or {0}
     assert len(strides) == 1
-    launch(
-        _activated_tall_kernel,
-        (tiles, splits),
-        grad,
-        gate,
-        up,
-        dgate,
-        dup,
-        q_or,
-        gate_or,
-        up_or,
-        gate if w is None else w,
-        flat,
-        seeds,
-        part,
-        counters,
-        t,
-        n,
-        grad.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        dgate.stride(0),
-        dup.stride(0),
-        q_or.stride(0),
-        strides.pop(),
-        0 if w is None else w.stride(0),
-        share,
-        splits,
-        threshold,
-        scale,
-        MANY=splits > 1,
-        ACTIVATION=activation,
-        DROP=dropout is not None,
-        RANK=ranks[0],
-        RANK_GATE=ranks[1],
-        RANK_UP=ranks[2],
-        PRECISION=_precision(gate),
-        BLOCK_T=block_t,
-        BLOCK_N=block_n,
-        BLOCK_R=_columns(max(ranks)),
-        num_warps=warps,
-        num_stages=stages,
-        repeatable=dgate is not gate,
+    tensors = (
+        *(grad, gate, up, dgate, dup, q_or, gate_or, up_or),
+        *(gate if w is None else w, flat, seeds, part, counters),
     )
-    q_part, gate_part, up_part = flat.split(sizes)
+    scalars = (
+        *(t, n, grad.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0)),
+        *(q_or.stride(0), strides.pop(), 0 if w is None else w.stride(0)),
+        *(share, splits, threshold, scale),
+    )
+    launcher(grid, tensors, scalars, repeatable=dgate is not gate)
+    q_part, gate_part, up_part = flat.split_with_sizes(sizes)
     return [
         q_part.view(ranks[0], n) if ranks[0] else None,
         gate_part.view(n, ranks[1]) if ranks[1] else None,

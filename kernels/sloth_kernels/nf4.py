@@ -21,6 +21,8 @@ the matmuls of `lora` want them.
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sloth_kernels._library import INTERPRETED, launch, tl, triton
+from sloth_kernels._library import INTERPRETED, Launcher, launch, tl, triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # One 32-bit word a thread is one 16-byte store of bf16 results; four such words before the first use.
@@ -421,6 +423,44 @@ class Part(NamedTuple):
     padded: int
 
 
+class _Table(NamedTuple):
+    """What one way to fill an extension needs: the table itself is (parts, fields), int64."""
+
+    table: torch.Tensor
+    programs: int
+    rows: int
+    launcher: Launcher
+
+
+@functools.lru_cache(4096)
+def _extender(
+    k: int,
+    columns: int,
+    blocksize: int,
+    outer_blocksize: int | None,
+    dtype: torch.dtype,
+    factor: torch.dtype,
+    parts: int,
+) -> Launcher:
+    """The kernel, which all extensions of a kind share; outer_blocksize: of nested scales."""
+    return Launcher(
+        _extend_kernel,
+        K=k,
+        COLUMNS=columns,
+        BLOCKSIZE=blocksize,
+        BLOCKSIZE2=1 if outer_blocksize is None else outer_blocksize,
+        NESTED=outer_blocksize is not None,
+        ROUND=_TRITON_DTYPES[dtype],
+        FACTOR=_TRITON_DTYPES[factor],
+        PARTS=parts,
+        FIELDS=len(_FIELDS),
+        TILE=TILE,
+        BLOCK=PACK_BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+
+
 class Extension:
     """Fills a buffer with [W_i | b_i] of several weights, one below the other, and the a_i below these.
 
@@ -431,26 +471,15 @@ class Extension:
         first = parts[0].weight
         self.k = first.shape[1]
         self.parts, self.state = parts, first.state
+        self.packed = [part.weight.packed for part in parts]
+        self.states = [part.weight.state for part in parts]
         self.columns = sum(part.padded for part in parts)
         inner = first.state.state2
-        self.constants: dict[str, Any] = dict(
-            K=self.k,
-            COLUMNS=max(1, self.columns),
-            BLOCKSIZE=first.state.blocksize,
-            BLOCKSIZE2=1 if inner is None else inner.blocksize,
-            NESTED=inner is not None,
-            ROUND=_TRITON_DTYPES.get(first.state.dtype),
-            PARTS=len(parts),
-            FIELDS=len(_FIELDS),
-            TILE=TILE,
-            BLOCK=PACK_BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+        self.stored = operator.attrgetter("absmax", "code", *(() if inner is None else _NESTED))
         self.alike = all(self._like_first(part.weight) for part in parts)
         # By all addresses, and whether weights are expanded. Dtypes and shapes of factors are those of the
         # projections' adapters.
-        self.tables: dict[tuple[int, ...], tuple[torch.Tensor, int, int] | None] = {}
+        self.tables: dict[tuple[int, ...], _Table | None] = {}
 
     def _like_first(self, weight: FourBit) -> bool:
         """Whether one launch can expand it with the first."""
@@ -482,17 +511,9 @@ class Extension:
         """
         if not self.alike or out.dtype != self.state.dtype or not (out.is_cuda or INTERPRETED):
             return False
-        stored: list[torch.Tensor] = []
-        for part in self.parts:
-            state = part.weight.state
-            inner = state.state2
-            if inner is None:
-                stored += (state.absmax, state.code)
-            else:
-                stored += (state.absmax, state.code, inner.absmax, inner.code, state.offset)
         low = [t for pair in factors for t in pair if t is not None]
         with _PLAINLY():  # bitsandbytes' Params4bit looks at each call otherwise
-            packed = [_POINTER(part.weight.packed) for part in self.parts]
+            packed = [*map(_POINTER, self.packed)]
             sources: list[Source] = []
             if SOURCES and weights:
                 found = [SOURCES.get(address) for address in packed]
@@ -501,7 +522,8 @@ class Extension:
                     address if source is None else source.packed().data_ptr()
                     for address, source in zip(packed, found, strict=True)
                 ]
-            key = (int(weights), *packed, *map(_POINTER, stored), *map(_POINTER, low))
+            stored = [t for state in self.states for t in self.stored(state)]
+            key = (weights, *packed, *map(_POINTER, stored), *map(_POINTER, low))
         known = self.tables.get(key)
         if known is None:
             if key in self.tables:
@@ -511,10 +533,9 @@ class Extension:
             known = self.tables[key] = self._table(factors, out, weights, packed)
             if known is None:
                 return False
-        table, programs, n = known
-        factor = _TRITON_DTYPES[low[0].dtype] if low else tl.float32
+        table, programs, n, launcher = known
         if programs:
-            launch(_extend_kernel, (programs,), table, out, n, out.stride(0), FACTOR=factor, **self.constants)
+            launcher((programs, 1, 1), (table, out), (n, out.stride(0)))
         for source in {id(source.together): source for source in sources}.values():
             source.read()
         return True
@@ -525,8 +546,8 @@ class Extension:
         out: torch.Tensor,
         weights: bool,
         packed: Sequence[int],
-    ) -> tuple[torch.Tensor, int, int] | None:
-        """(the table, (parts, fields) int64; programs; rows of weights), or None where `fill` can't.
+    ) -> _Table | None:
+        """None where `fill` can't.
 
         packed: the address of each part's bytes.
         """
@@ -550,11 +571,18 @@ class Extension:
             rows.append([expand_from, b_from, a_from, *addresses, start, n, column])
             rows[-1] += [of_low[0], padded, *of_low[1:]]
             start += n
-        return torch.tensor(rows, dtype=torch.int64).to(out.device), programs, start
+        inner = self.state.state2
+        launcher = _extender(
+            *(self.k, max(1, self.columns), self.state.blocksize, None if inner is None else inner.blocksize),
+            *(self.state.dtype, low[0].dtype if low else torch.float32, len(self.parts)),
+        )
+        table = torch.tensor(rows, dtype=torch.int64).to(out.device)
+        return _Table(table, programs, start, launcher)
 
 
 _PLAINLY = torch._C.DisableTorchFunctionSubclass
 _POINTER = torch.Tensor.data_ptr
+_NESTED = ("state2.absmax", "state2.code", "offset")
 
 
 def expand_4bit_reference(weight: FourBit) -> torch.Tensor:

@@ -29,11 +29,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sloth_kernels._library import (
+    Launcher,
     differentiable_gradients,
     launch,
     register_op,
@@ -268,8 +269,7 @@ def sum_partials_kernel(  # type: ignore[no-untyped-def]
         tl.store(second_ptr + col, summed.to(second_ptr.dtype.element_ty), mask=col < N)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
+class Rows(NamedTuple):
     """Tensors of one shape (..., N) as rows: a row index counts through (size0, size1, size2)."""
 
     tensors: tuple[torch.Tensor | None, ...]
@@ -296,8 +296,7 @@ def as_rows(*tensors: torch.Tensor | None) -> Rows:
         tensors = tuple(None if t is None else t.contiguous() for t in tensors)
         geometry = _row_geometry(first.shape, tuple(None if t is None else t.stride() for t in tensors))
         assert geometry is not None
-    rows, width, sizes, strides, levels = geometry
-    return Rows(tensors=tensors, rows=rows, width=width, sizes=sizes, strides=strides, levels=levels)
+    return Rows(tensors, *geometry)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -462,6 +461,62 @@ def check_norm_arguments(
             raise ValueError(f"{name}: {what} is on {vector.device}, x on {x.device}")
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
+def _forward(
+    rows: int,
+    width: int,
+    levels: int,
+    has_weight: bool,
+    has_residual: bool,
+    offset: float,
+    cast_before_weight: bool,
+) -> tuple[tuple[int, int, int], Launcher]:
+    """(the grid, the kernel) of a forward."""
+    tile = row_tile(rows, width)
+    launcher = Launcher(
+        rms_norm_fwd_kernel,
+        OFFSET=offset,
+        CAST_BEFORE_WEIGHT=cast_before_weight,
+        HAS_WEIGHT=has_weight,
+        HAS_RESIDUAL=has_residual,
+        LEVELS=levels,
+        N=width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    return (tile.programs, 1, 1), launcher
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _backward(
+    rows: int,
+    width: int,
+    levels: int,
+    has_weight: bool,
+    has_dsummed: bool,
+    offset: float,
+    weight_grad: bool,
+    device: torch.device,
+) -> tuple[tuple[int, int, int], Launcher]:
+    """(the grid, the kernel) of a backward."""
+    tile = persistent_tile(rows, width, device) if weight_grad else row_tile(rows, width)
+    launcher = Launcher(
+        rms_norm_bwd_kernel,
+        OFFSET=offset,
+        HAS_WEIGHT=has_weight,
+        HAS_DSUMMED=has_dsummed,
+        WEIGHT_GRAD=weight_grad,
+        PREFETCH=tile.prefetch,
+        LEVELS=levels,
+        N=width,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    return (tile.programs, 1, 1), launcher
+
+
 def launch_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -480,30 +535,14 @@ def launch_fwd(
     if x.numel() == 0:
         return y, summed, rstd
     rows = as_rows(x, residual)
-    tile = row_tile(rows.rows, rows.width)
-    launch(
-        rms_norm_fwd_kernel,
-        (tile.programs,),
-        rows.tensors[0],
-        rows.tensors[1],
-        None if weight is None else weight.contiguous(),
-        y,
-        summed,
-        rstd,
-        rows.rows,
-        *rows.sizes,
-        *rows.strides[0],
-        *rows.strides[1],
-        eps,
-        OFFSET=offset,
-        CAST_BEFORE_WEIGHT=cast_before_weight,
-        HAS_WEIGHT=weight is not None,
-        HAS_RESIDUAL=residual is not None,
-        LEVELS=rows.levels,
-        N=rows.width,
-        ROWS=tile.rows,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
+    grid, launcher = _forward(
+        *(rows.rows, rows.width, rows.levels, weight is not None, residual is not None),
+        *(offset, cast_before_weight),
+    )
+    launcher(
+        grid,
+        (*rows.tensors, None if weight is None else weight.contiguous(), y, summed, rstd),
+        (rows.rows, *rows.sizes, *rows.strides[0], *rows.strides[1], eps),
     )
     return y, summed, rstd
 
@@ -523,35 +562,17 @@ def launch_bwd(
     if x.numel() == 0:
         return dx, no_gradient(x) if weight is None or not weight_grad else torch.zeros_like(weight)
     rows = as_rows(dy, dsummed, x)
-    tile = (
-        persistent_tile(rows.rows, rows.width, x.device) if weight_grad else row_tile(rows.rows, rows.width)
+    grid, launcher = _backward(
+        *(rows.rows, rows.width, rows.levels, weight is not None, dsummed is not None),
+        *(offset, weight_grad, x.device),
     )
     partial = None
     if weight_grad:
-        partial = torch.empty(1, tile.programs, rows.width, dtype=torch.float32, device=x.device)
-    launch(
-        rms_norm_bwd_kernel,
-        (tile.programs,),
-        *rows.tensors,
-        None if weight is None else weight.contiguous(),
-        rstd,
-        dx,
-        partial,
-        rows.rows,
-        *rows.sizes,
-        *rows.strides[0],
-        *rows.strides[1],
-        *rows.strides[2],
-        OFFSET=offset,
-        HAS_WEIGHT=weight is not None,
-        HAS_DSUMMED=dsummed is not None,
-        WEIGHT_GRAD=weight_grad,
-        PREFETCH=tile.prefetch,
-        LEVELS=rows.levels,
-        N=rows.width,
-        ROWS=tile.rows,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
+        partial = torch.empty(1, grid[0], rows.width, dtype=torch.float32, device=x.device)
+    launcher(
+        grid,
+        (*rows.tensors, None if weight is None else weight.contiguous(), rstd, dx, partial),
+        (rows.rows, *rows.sizes, *rows.strides[0], *rows.strides[1], *rows.strides[2]),
     )
     if partial is None or weight is None:
         return dx, no_gradient(x)

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from sloth_kernels._library import (
+    Launcher,
     differentiable_gradients,
-    launch,
     register_op,
     run_op,
     tl,
@@ -340,41 +340,45 @@ def _launch(
         return
     assert tokens < 2**31, "token indices are 32-bit"
     strides = [token_strides(x, unsqueeze_dim) for x in (q, k, q_out, k_out)]
-    tiles = head_tiles(
-        tokens,
-        q.shape[unsqueeze_dim],
-        k.shape[unsqueeze_dim],
-        q.shape[3],
-        cos.shape[2],
-        any(s < h for _, s, h in (strides[0], strides[2])) and q.shape[unsqueeze_dim] > 1,
+    heads = q.shape[unsqueeze_dim], k.shape[unsqueeze_dim]
+    strided_tokens = any(s < h for _, s, h in (strides[0], strides[2])) and heads[0] > 1
+    grid, launcher = _rotation(
+        *(tokens, *heads, q.shape[3], cos.shape[2]),
+        *(strided_tokens, layout, backward),
     )
-    launch(
+    scalars = (
+        *(tokens, seq_len, *strides[0], *strides[1]),
+        *(*rotary_strides(cos), *rotary_strides(sin), *strides[2], *strides[3]),
+    )
+    launcher(grid, (q, k, cos, sin, q_out, k_out), scalars)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rotation(
+    tokens: int,
+    q_heads: int,
+    k_heads: int,
+    dim: int,
+    rotary: int,
+    strided_tokens: bool,
+    layout: str,
+    backward: bool,
+) -> tuple[tuple[int, int, int], Launcher]:
+    """(the grid, the kernel)."""
+    tiles = head_tiles(tokens, q_heads, k_heads, dim, rotary, strided_tokens)
+    launcher = Launcher(
         _rope_kernel,
-        (-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"],),
-        q,
-        k,
-        cos,
-        sin,
-        q_out,
-        k_out,
-        tokens,
-        seq_len,
-        *strides[0],
-        *strides[1],
-        *rotary_strides(cos),
-        *rotary_strides(sin),
-        *strides[2],
-        *strides[3],
-        HQ=q.shape[unsqueeze_dim],
-        HK=k.shape[unsqueeze_dim],
-        D=q.shape[3],
-        R=cos.shape[2],
+        HQ=q_heads,
+        HK=k_heads,
+        D=dim,
+        R=rotary,
         INTERLEAVED=layout != "half",
         REPEAT=layout == "interleaved_repeat",
         BACKWARD=backward,
         num_warps=warps_for(tiles, 32),
         **tiles,
     )
+    return (-(-tokens // tiles["BLOCK_T"]) * tiles["TILES"], 1, 1), launcher
 
 
 def result_dtype(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import threading
 import warnings
 import weakref
 from collections import deque
@@ -22,6 +21,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from sloth_kernels._streams import Side, current_stream, on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -635,51 +635,10 @@ class _Norms:
 # Offloading
 
 
-class _Side:
-    """A stream of its own for the copies of a device's tensors.
-
-    What torch.cuda.stream() and wait_stream() do, in a third of their time on the host: a layer of an 8B
-    model has six tensors to copy in 2.5 ms, in which the host must launch the layer as well.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()  # backwards run in other threads than forwards
-        self._known: tuple[int, Any] = (-1, None)
-
-    @property
-    def current(self) -> Any:
-        """The device's current stream."""
-        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
-        known = self._known
-        if raw != known[0]:
-            known = self._known = raw, torch.cuda.current_stream(self.device)
-        return known[1]
-
-    @contextmanager
-    def after_current(self) -> Iterator[None]:
-        """What is launched inside goes to this stream, after all that the current one has been given."""
-        with self._lock:
-            current = self.current
-            self._event.record(current)
-            self.stream.wait_event(self._event)
-            if torch._C._cuda_getDevice() != self.device.index:
-                with torch.cuda.stream(self.stream):
-                    yield
-                return
-            torch.cuda.set_stream(self.stream)
-            try:
-                yield
-            finally:
-                torch.cuda.set_stream(current)
-
-
 class _Entry:
     """One storage in host memory, and on the device while it is on its way or wanted."""
 
-    def __init__(self, source: torch.Tensor, side: _Side | None) -> None:
+    def __init__(self, source: torch.Tensor, side: Side | None) -> None:
         self.source: torch.Tensor | None = source
         self.device = source.device
         self.users = self.left = 0
@@ -695,14 +654,15 @@ class _Entry:
         if side is None:
             self.host.copy_(source)
             return
-        with side.after_current():
+        side.wait()
+        with on(side.stream):
             self.host.copy_(source, non_blocking=True)
 
     def take(self) -> torch.Tensor:
         """The bytes on the device; with the last of its users they are dropped here."""
         assert self.back is not None and not self.missing
         if self.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+            current_stream(self.device).wait_event(self.arrived)
         found = self.back
         self.left -= 1
         if self.left <= 0:
@@ -730,9 +690,11 @@ class _Block:
 
     def release(self) -> None:
         """Drop the tensors on the device, for what the current stream does after they are copied."""
-        for entry in self.entries.values():
-            if entry.source is not None and self.copied is not None:
-                torch.cuda.current_stream(entry.device).wait_event(self.copied)
+        leaving = [entry for entry in self.entries.values() if entry.source is not None]
+        if self.copied is not None:
+            for device in {entry.device for entry in leaving}:
+                current_stream(device).wait_event(self.copied)
+        for entry in leaving:
             entry.source = None
 
 
@@ -767,7 +729,7 @@ class _Offload:
         self._portion = self._behind = 0
         self._leaving: deque[_Block] = deque()
         self._last: weakref.ref[_Block] | None = None
-        self._sides: dict[tuple[torch.device, bool], _Side] = {}
+        self._sides: dict[tuple[torch.device, bool], Side] = {}
         self._parameters: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 
     def drain(self, left: int = 0) -> None:
@@ -804,30 +766,34 @@ class _Offload:
                 side = self.side(entry.device)
                 entry.back = torch.empty(entry.host.numel(), dtype=torch.uint8, device=entry.device)
                 entry.missing = entry.host.numel()
-                entry.stream = None if side is None else side.current
+                entry.stream = None if side is None else current_stream(entry.device)
 
     def _come(self, entries: Iterable[_Entry], most: int | None = None) -> None:
         """Launch the copies of what is missing of these, or of `most` bytes of that."""
         missing = [entry for entry in entries if entry.missing]
         for device in dict.fromkeys(entry.device for entry in missing):
             side = self.side(device)
-            with contextlib.nullcontext() if side is None else side.after_current():
+            if side is not None:
+                side.wait()
+            with contextlib.nullcontext() if side is None else on(side.stream):
                 for entry in missing:
                     if entry.device != device or most == 0:
                         continue
                     most = self._copy(entry, side, most)
 
     @staticmethod
-    def _copy(entry: _Entry, side: _Side | None, most: int | None) -> int | None:
+    def _copy(entry: _Entry, side: Side | None, most: int | None) -> int | None:
         """What is missing of one, or `most` bytes of that; what is left of `most`."""
         assert entry.back is not None
         begin = entry.host.numel() - entry.missing
         size = entry.missing if most is None else min(most, entry.missing)
-        part = slice(begin, begin + size)
+        to, of = entry.back, entry.host
+        if size < of.numel():
+            to, of = to[begin : begin + size], of[begin : begin + size]
         if entry.gone is not None and side is not None:
             side.stream.wait_event(entry.gone)
             entry.gone = None
-        entry.back[part].copy_(entry.host[part], non_blocking=side is not None)
+        to.copy_(of, non_blocking=side is not None)
         entry.missing -= size
         if side is not None:
             entry.arrived = side.stream.record_event()
@@ -909,7 +875,8 @@ class _Offload:
                 self.step(block.index)
                 if earlier is not None:
                     self._prepare(earlier, block.index)
-            self._fetch((entry,))
+            if entry.back is None or entry.missing:
+                self._fetch((entry,))
             out = torch.empty(0, dtype=saved.dtype, device=entry.device)
             storage = entry.take().untyped_storage()
             return out.set_(storage, saved.offset, saved.size, saved.stride)
@@ -930,12 +897,12 @@ class _Offload:
                     entry.gone = block.copied
                 self._leaving.append(block)
 
-    def side(self, device: torch.device, *, out: bool = False) -> _Side | None:
+    def side(self, device: torch.device, *, out: bool = False) -> Side | None:
         """A device's stream for what comes from the host or, `out`, leaves for it."""
         if device.type != "cuda":
             return None
         if (device, out) not in self._sides:
-            self._sides[device, out] = _Side(device)
+            self._sides[device, out] = Side(device)
         return self._sides[device, out]
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from sloth_kernels._streams import current_stream, on
 from torch import nn
 
 from sloth_plugins.checkpointing.host import (
@@ -102,7 +103,6 @@ class StreamedWeights:
                 raise StaysError("the device has no room for those that are on their way") from error
             raise
         self._slots = [_Slot(place) for place in places]
-        self._streams: dict[int, Any] = {}
         self._at: int | None = None
         """The layer whose weights were read last."""
         self.reached = 0
@@ -155,7 +155,7 @@ class StreamedWeights:
         self.reach(index)
         slot = self._slots[index % len(self._slots)]
         if slot.filled is not None:
-            stream = self._current
+            stream = current_stream(self.device)
             if stream.cuda_stream not in slot.waited:
                 stream.wait_event(slot.filled)
                 slot.waited.add(stream.cuda_stream)
@@ -164,19 +164,11 @@ class StreamedWeights:
     def read(self, slot: _Slot) -> None:
         """What reads a place has been launched on the current stream."""
         if slot.filled is not None:
-            stream = self._current
+            stream = current_stream(self.device)
             event = slot.readers.get(stream.cuda_stream)
             if event is None:
                 event = slot.readers[stream.cuda_stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-
-    @property
-    def _current(self) -> Any:
-        """The device's current stream: as torch.cuda.current_stream(), in less time."""
-        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if raw not in self._streams:
-            self._streams[raw] = torch.cuda.current_stream(self.device)
-        return self._streams[raw]
 
     def again(self, index: int) -> None:
         """A layer's bytes were written to: what has come of them is old."""
@@ -199,7 +191,7 @@ class StreamedWeights:
         else:
             for event in slot.readers.values():
                 self._side.wait_event(event)
-            with torch.cuda.stream(self._side):
+            with on(self._side):
                 place.copy_(layer.host, non_blocking=True)
             slot.waited.clear()
             slot.filled = self._side.record_event()

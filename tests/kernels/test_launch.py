@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from sloth_kernels import _library
-from sloth_kernels._library import launch, tl, triton
+from sloth_kernels._library import Launcher, launch, tl, triton
 
 
 @triton.jit
@@ -90,6 +90,37 @@ def test_under_cuda_graph_capture() -> None:
         y = scaled(x, 2.0, False)  # no proof here: it would synchronise
     graph.replay()
     assert torch.equal(y, expected(x, 2.0, False))
+
+
+@pytest.mark.gpu
+def test_a_launcher_knows_scalars_by_type_and_finds_its_device() -> None:
+    launcher = Launcher(_scale_kernel, NEGATE=True, BLOCK=64, num_warps=2)
+    x = torch.randn(100, device="cuda")
+    for _ in range(2):
+        for by in (2, 2.0, 1, 1.0, 0.5):
+            y = torch.full_like(x, float("nan"))
+            launcher((2, 1, 1), (x, y, None), (100, by))
+            assert torch.equal(y, expected(x, by, True)), by
+    assert len(_library._COMPILED) == 5
+
+
+def test_a_launcher_is_made_once_for_its_constants() -> None:
+    made: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: made.append((grid, args, options))
+
+    kernel, x = Kernel(), torch.zeros(3)
+    before = len(_library._LAUNCHERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_library, "INTERPRETED", True)
+        for constant in (1, True, 1, 1.0, True):
+            launch(kernel, (4,), x, None, 5, CONSTANT=constant, num_warps=2)
+    options = [options for _, _, options in made]
+    assert [type(each["CONSTANT"]) for each in options] == [int, bool, int, float, bool]
+    assert made[0] == ((4,), (x, None, 5), {"CONSTANT": 1, "num_warps": 2})
+    assert len(_library._LAUNCHERS) == before + 3
 
 
 def test_a_tensor_behind_a_scalar_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sloth_kernels import lora as op
+from sloth_kernels import low_rank
 from sloth_kernels.lora import (
     Adapter,
     Expanded,
@@ -112,6 +113,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(op.torch, "empty", poisoned)
+    monkeypatch.setattr(low_rank, "_PARTS", {})
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -519,6 +521,21 @@ def test_narrow_and_tall(fused, dtype, shape, device):
         want = x.double().t() @ p.double()
         want = want.t() if transposed else want
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_parts_of_sums_stay_and_serve_other_sizes(device, monkeypatch):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    found = []
+    for most in (low_rank.MOST_PARTS, 0):
+        monkeypatch.setattr(low_rank, "MOST_PARTS", most)
+        monkeypatch.setattr(low_rank, "_PARTS", {})
+        torch.manual_seed(0)
+        for k in (1024, 2048, 1024):
+            x, w = (torch.randn(n, k, dtype=dtype, device=device) for n in (16, 8))
+            found.append(narrow_matmul(x, w))
+        assert len(low_rank._PARTS) == (most > 0)
+    for kept, fresh in zip(found[:3], found[3:], strict=True):
+        assert torch.equal(kept, fresh) and kept.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
