@@ -66,7 +66,14 @@ def main() -> None:
     plt.close(figure)
     # "none" is what "auto" comes to there, in the same place of the picture.
     rows = [row for row in newest("budgets") if (row["B"], row["S"]) == (2, 2048)]
-    draw_budgets([row for row in rows if (row["impl"], row["ck"]) != ("sloth", "none")])
+    rows = sorted(rows, key=lambda row: row["tok_s"])
+    fastest = {(row["impl"], row["ck"]): row for row in rows}  # of cases that were measured twice
+    draw_budgets([row for case, row in fastest.items() if case != ("sloth", "none")])
+
+
+def unlike(row: dict[str, Any]) -> bool:
+    """Whether the slowest step took much longer than the fastest: something else was going on."""
+    return bool(row.get("most_ms", 0) > 1.3 * row.get("least_ms", row["ms"]))
 
 
 def said(row: dict[str, Any]) -> str:
@@ -83,23 +90,26 @@ def said(row: dict[str, Any]) -> str:
 
 
 def draw_budgets(rows: list[dict[str, Any]]) -> None:
-    """Tokens/s over the steps' peak memory; planned steps joined by a line."""
+    """Tokens/s over the steps' peak memory; planned steps joined by a line, but for those of unlike length."""
     import matplotlib.pyplot as plt
 
     rows = [{**row, "peak_gb": row.get("steady_gb", row["peak_gb"])} for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.2))
-    planned = [row for row in rows if row["ck"].startswith("auto")]
+    planned = [row for row in rows if row["ck"].startswith("auto") and not unlike(row)]
     others = [row for row in rows if row not in planned]
     for own, line in ((planned, "-"), *(([row], "none") for row in others)):
         own = sorted(own, key=lambda row: row["peak_gb"])
         axes.plot(
             [row["peak_gb"] for row in own], [row["tok_s"] for row in own],
             marker="o", linestyle=line, color=COLOURS[own[0]["impl"]],
+            markerfacecolor="white" if unlike(own[0]) else None,
         )  # fmt: skip
         for i, row in enumerate(own):  # in turns on both sides of the line
             place, side = ((-5, 5), "right") if i % 2 else ((7, -11), "left")
+            least, most = (row.get(key, row["ms"]) for key in ("least_ms", "most_ms"))
+            steps = f" ({least:.0f} to {most:.0f} ms)" if unlike(row) else ""
             axes.annotate(
-                f"{said(row)}: {row['tok_s']:,}", (row["peak_gb"], row["tok_s"]), place,
+                f"{said(row)}: {row['tok_s']:,}{steps}", (row["peak_gb"], row["tok_s"]), place,
                 textcoords="offset points", fontsize=8, horizontalalignment=side,
             )  # fmt: skip
     axes.set_xlim(0, 1.28 * max(row["peak_gb"] for row in rows))
