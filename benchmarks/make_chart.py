@@ -90,7 +90,7 @@ def said(row: dict[str, Any]) -> str:
 
 
 def draw_budgets(rows: list[dict[str, Any]]) -> None:
-    """Tokens/s over the steps' peak memory; planned steps joined by a line, but for those of unlike length."""
+    """Tokens/s over the peak memory of the steps; planned ones joined by a line, but for unlike steps."""
     import matplotlib.pyplot as plt
 
     rows = [{**row, "peak_gb": row.get("steady_gb", row["peak_gb"])} for row in rows]
