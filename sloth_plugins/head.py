@@ -53,7 +53,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_map_only
 
 from sloth_plugins.numerics import FORMULA_TOLERANCE, Comparison, relative_error
-from sloth_plugins.patches import Forward, _hooked, _takes, named_like
+from sloth_plugins.patches import Forward, _hooked, _hooked_everywhere, _takes, named_like
 from sloth_plugins.specs import FLOATS, KernelSpec, NotASite, Patch, Site, Skip
 from sloth_plugins.survey import PlanContext, forward_obstacle, stand_in
 from sloth_plugins.verify import TOKENS, Trial, VerificationError, compare
@@ -842,10 +842,7 @@ def _defers(head: nn.Module, x: Any, takes: Callable[[Any], bool]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or _hooked(head)
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
+        or _hooked_everywhere()
         or not (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in tensors))
         or any(t.device != x.device for t in own.values() if t is not None)
         or (four_bit and not _reads_4bit(head, x))

@@ -492,7 +492,7 @@ def _reader(said: set[str]) -> Callable[..., _Item | None]:
         if kind != _FOUR_BIT:
             return None
         state = getattr(weight, "quant_state", None)
-        if state is None or state.__dict__.get("packing_format_for_cpu"):
+        if state is None or getattr(state, "packing_format_for_cpu", False):
             return None
         if (
             last is not None

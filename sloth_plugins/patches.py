@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
 
 from sloth_plugins.checkpointing.repeat import NOW, call_unread, note
 from sloth_plugins.hookspecs import hookimpl
@@ -104,6 +105,8 @@ def _norm_patch(model: nn.Module, site: Site, context: PlanContext) -> Patch:
         return y
 
     def beside(self: nn.Module, x: torch.Tensor) -> Any:
+        if not takes(x):
+            return original(self, x), x
         out_dtype = dtype_of(x)
         y, same = both(self, x, out_dtype)  # type: ignore[misc]
         if NOW.norms:
@@ -189,7 +192,7 @@ def _verify_norm(
                 partial(run, forward), partial(run, type(module).forward), truth, tensors, ["x", *trainable]
             )
             beside = vars(forward)["beside"]
-            if beside is not None and activation != torch.float64:
+            if beside is not None:
                 comparisons += compare(
                     partial(run, beside),
                     lambda x, run=run, **leaves: (run(type(module).forward, x, **leaves), x.view_as(x)),
@@ -660,7 +663,7 @@ def _normed(norm: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """(norm(x), x), the norm's backward adding what x gets a gradient for otherwise."""
     beside = getattr(getattr(vars(norm).get("forward"), "__func__", None), "beside", None)
     graph = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-    if beside is None or not graph or _hooked(norm) or x.dtype == torch.float64:
+    if beside is None or not graph or _hooked(norm) or _hooked_everywhere():
         return norm(x), x
     made: tuple[Any, torch.Tensor] = beside(norm, x)
     return made
@@ -729,6 +732,16 @@ def _hooked(module: Any) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def _hooked_everywhere() -> bool:
+    """Whether somebody wants to see all modules' inputs, outputs or gradients."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
     )
 
 

@@ -42,7 +42,6 @@ MOST_COLUMNS = 64
 FEWEST_COLUMNS = 16  # of a tensor core's tile
 MOST_SPLITS = 16
 MOST_TILES = 2**15
-MOST_PARTS = 2**22  # that are kept, 16 MiB
 # (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
 TILES = {
     "narrow": (64, 128, 4, 3),
@@ -578,29 +577,20 @@ def _activated(
 
 
 def _parts(like: torch.Tensor, splits: int, size: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(room for the parts of `size` sums; counters, all 0, of at least `tiles` tiles).
-
-    Both stay: kernels of one stream run one after another, and each leaves zeros in the counters.
-    """
+    """(room for the parts of `size` sums; counters, all 0, of at least `tiles` tiles)."""
     device = like.device
     stream = torch._C._cuda_getCurrentRawStream(device.index) if like.is_cuda else 0
     counters = _COUNTERS.get((device, stream))
     if counters is None or counters.numel() < tiles:
+        # Kernels of one stream run one after another, and each leaves zeros.
         counters = torch.zeros(max(MOST_TILES, tiles), dtype=torch.int32, device=device)
         _COUNTERS[device, stream] = counters
     if splits == 1:
         return counters, counters  # no parts
-    elements = splits * size
-    parts = _PARTS.get((device, stream))
-    if parts is None or parts.numel() < elements:
-        parts = torch.empty(elements, dtype=torch.float32, device=device)
-        if elements <= MOST_PARTS:
-            _PARTS[device, stream] = parts
-    return parts, counters
+    return torch.empty((splits, size), dtype=torch.float32, device=device), counters
 
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
-_PARTS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def _dropout_arguments(

@@ -162,17 +162,21 @@ def facts_of(model: nn.Module, ops: Collection[str]) -> ModelFacts:
     return facts.replace(
         ends_with_mlp=all(getattr(end, "ends_with_mlp", False) for end in ends),
         packed_bytes=packed_bytes(model, layers),
-        head_processors=_head_processors(model) if facts.fused_head else None,
+        head_processors=_head_processors(model, facts.activation_bytes) if facts.fused_head else None,
     )
 
 
-def _head_processors(model: nn.Module) -> int | None:
-    """Multiprocessors of the GPU that a frozen head is on."""
+def _head_processors(model: nn.Module, itemsize: int) -> int | None:
+    """Multiprocessors of the GPU that a frozen head is on, if its weight is read as it is: in elements of
+    `itemsize` bytes, which another dtype or 4 bits would first be copied to."""
     try:
         parameters = [*model.get_output_embeddings().parameters()]  # type: ignore[operator]
     except Exception:  # of a model that has none, or none that can be asked for
         return None
-    if not parameters or any(p.requires_grad or not p.is_cuda for p in parameters):
+    if not parameters or any(
+        p.requires_grad or not p.is_cuda or p.element_size() != itemsize or hasattr(p, "quant_state")
+        for p in parameters
+    ):
         return None
     return int(torch.cuda.get_device_properties(parameters[0].device).multi_processor_count)
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sloth_plugins import cli
+from sloth_plugins.checkpointing import execute
 from sloth_plugins.checkpointing import plan as planner
 from sloth_plugins.checkpointing.facts import CLASSES, PROJECTIONS, ModelFacts, Shape
 from sloth_plugins.checkpointing.plan import (
@@ -65,6 +67,27 @@ def test_predictions_agree_with_a_measured_step(
     assert facts.weights_bytes / 2**30 == pytest.approx(base_gib, rel=0.02)
     assert made.peak_bytes / 2**30 == pytest.approx(peak_gib, rel=0.02)
     assert made.step_s * 1e3 == pytest.approx(step_ms, rel=0.15)
+
+
+def test_what_a_head_takes_is_known_where_it_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen, on a GPU, in the activations' dtype; else the most is counted."""
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def processors(**changes: Any) -> int | None:
+        size = changes.pop("size", 2)
+        found = {"requires_grad": False, "is_cuda": True, "device": "cuda:0", "element_size": lambda: size}
+        weight = types.SimpleNamespace(**{**found, **changes})
+        head = types.SimpleNamespace(parameters=lambda: [weight])
+        model: Any = types.SimpleNamespace(get_output_embeddings=lambda: head)
+        return execute._head_processors(model, 2)
+
+    assert processors() == 132
+    assert processors(requires_grad=True) is None and processors(is_cuda=False) is None
+    assert processors(size=4) is None and processors(quant_state=None) is None
+    assert execute._head_processors(torch.nn.Linear(2, 2), 2) is None
+    facts, shape = llama_8b(**QLORA), Shape(batch=2, seq=2048)
+    assert facts.replace(head_processors=132).head_bytes(shape) < facts.head_bytes(shape)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -225,6 +225,13 @@ def test_an_input_norm_adds_the_residuals_gradient() -> None:
         assert beside() == 1 and calls == [1]
         same_training(model, want, ids)
         handle.remove()
+        names = {id(module): name for name, module in model.named_modules()}
+        seen: list[str] = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append(names.get(id(module), ""))
+        )
+        assert beside() == 0 and {f"model.layers.{i}.input_layernorm" for i in range(2)} <= set(seen)
+        handle.remove()
         model.model.embed_tokens.requires_grad_(False)
         assert beside() == 1  # the first layer's input has no gradient
         model.model.embed_tokens.requires_grad_(True)
