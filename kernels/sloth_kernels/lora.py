@@ -57,6 +57,7 @@ from sloth_kernels.gated_activation import (
 )
 from sloth_kernels.low_rank import (
     Dropout,
+    activated_narrow,
     activated_tall,
     ceil_div,
     dropped,
@@ -467,11 +468,10 @@ def _low_rank(
     rows: torch.Tensor,
     x: torch.Tensor,
     extended_x: torch.Tensor | None,
-    filled: bool,
 ) -> torch.Tensor:
     """P (T, columns) = s D(x) A^T of all adapters, in one pass over x where they are of one kind.
 
-    extended_x: gets P beside x, and x too unless it is `filled` with it.
+    extended_x: gets x and P beside it.
     """
     if group.wide:
         x = x.float()
@@ -480,7 +480,7 @@ def _low_rank(
     for i, run in enumerate(group.runs):
         copy = tail = None
         if extended_x is not None:
-            copy = None if filled or i else extended_x[:, : group.k]
+            copy = None if i else extended_x[:, : group.k]
             tail = extended_x[:, group.k + run.start : group.k + run.stop]
         own = rows[run.start : run.stop] if several else rows
         parts.append(_narrow(group, run, x, own, copy, tail, dropout=run.masks(seeds)))
@@ -498,25 +498,26 @@ def _group_forward(
     buffers: _Buffers | None = None,
     ahead: _Ahead | None = None,
     into: torch.Tensor | None = None,
+    p: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """([y_i], P); `together` puts the outputs of an extended group without biases into one buffer, the first
     columns of `into` if it is given. x: (T, K).
 
-    extended_x: (T, row) whose first K columns are x already. ahead: to expand during a joint matmul.
+    p: P where it is known. extended_x: (T, row), then with [x, P] in its first columns. ahead: to expand
+    during a joint matmul.
     """
     buffers = buffers or _buffers(group, x, tensors)
     biases: list[torch.Tensor | None] = [None] * len(group.slots)
     if group.biased:
         biases = [_bias(slot, tensors, i, x.dtype) for i, slot in enumerate(group.slots)]
-    p = None
     if group.extended:
         assert buffers.joint is not None and group.views is not None
         left = x
         if group.columns:
-            filled = extended_x is not None
-            if extended_x is None:
+            if p is None:
                 extended_x = torch.empty((x.shape[0], group.row), dtype=x.dtype, device=x.device)
-            p = _low_rank(group, seeds, buffers.rows, x, extended_x, filled)
+                p = _low_rank(group, seeds, buffers.rows, x, extended_x)
+            assert extended_x is not None
             left = extended_x[:, : group.k + group.columns]
         if together and not group.biased:
             if ahead is not None:
@@ -531,8 +532,8 @@ def _group_forward(
             right = buffers.joint.as_strided(*view)
             outputs.append(left @ right if bias is None else torch.addmm(bias, left, right))
         return outputs, p
-    if group.columns:
-        p = _low_rank(group, seeds, buffers.rows, x, None, False)
+    if group.columns and p is None:
+        p = _low_rank(group, seeds, buffers.rows, x, None)
     outputs = []
     for i, (slot, bias) in enumerate(zip(group.slots, biases, strict=True)):
         weight = _dense(slot.weight, x.dtype, group.fused).t()
@@ -751,17 +752,6 @@ class _LoraLinear(torch.autograd.Function):
         return None if done.dx is None else done.dx.view(x.shape), None, *found
 
 
-def _hidden(
-    last: _Group, gate: torch.Tensor, up: torch.Tensor, activation: str, fused: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(room for down's extended input, act(gate) * up as its first columns)."""
-    width = last.row if last.extended else last.k
-    extended = torch.empty((gate.shape[0], width), dtype=gate.dtype, device=gate.device)
-    hidden = extended[:, : last.k]
-    gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
-    return extended, hidden
-
-
 def _down_low_rank(
     last: _Group,
     seeds: torch.Tensor | None,
@@ -769,20 +759,31 @@ def _down_low_rank(
     up: torch.Tensor,
     activation: str,
     tensors: Sequence[torch.Tensor | None],
-    rows: torch.Tensor | None,
     fused: bool,
+    hidden: torch.Tensor | None = None,
+    extension: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """P of down without y. rows: A of down (padded, I), or None to have it made."""
+    """P of down, and y = act(gate) * up into `hidden` (T, I) on the way; extension: gets P too."""
     if not last.columns:
+        if hidden is not None:
+            gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
         return None
-    a = tensors[0]
+    a, (run,) = tensors[0], last.runs
     assert a is not None
-    if rows is None:
-        dtype = torch.float32 if last.wide else gate.dtype
-        rows = torch.zeros((last.columns, last.k), dtype=dtype, device=gate.device)
-        rows[: a.shape[0]] = a.detach()
-    _, hidden = _hidden(last, gate, up, activation, fused)
-    return _low_rank(last, seeds, rows, hidden, None, False)
+    if not last.wide:
+        return activated_narrow(
+            *(gate, up, a, last.columns, hidden, extension),
+            activation=activation,
+            scale=run.scaling,
+            dropout=run.masks(seeds),
+            fused=fused,
+        )
+    if hidden is None:
+        hidden = torch.empty((len(gate), last.k), dtype=gate.dtype, device=gate.device)
+    gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
+    rows = torch.zeros((last.columns, last.k), dtype=torch.float32, device=gate.device)
+    rows[: a.shape[0]] = a
+    return _low_rank(last, seeds, rows, hidden, None)
 
 
 def _mlp_down(
@@ -797,11 +798,16 @@ def _mlp_down(
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, P of down) from gate(x) and up(x)."""
-    extended, hidden = _hidden(last, gate, up, activation, fused)
-    (y,), p = _group_forward(
+    width = last.row if last.extended else last.k
+    extended = torch.empty((gate.shape[0], width), dtype=gate.dtype, device=gate.device)
+    hidden = extended[:, : last.k]
+    tail = extended[:, last.k : last.k + last.columns] if last.extended and last.columns else None
+    p = _down_low_rank(last, seeds, gate, up, activation, tensors, fused, hidden, tail)
+    (y,), _ = _group_forward(
         *(last, seeds, hidden, tensors),
         extended_x=extended if last.extended else None,
         buffers=ahead.result() if ahead is not None else buffers,
+        p=p,
     )
     return y, p
 
@@ -962,7 +968,7 @@ class _LoraMLP(torch.autograd.Function):
             y, p_last = _mlp_down(last, last_seeds, gate, up, activation, theirs, ahead, None, first.fused)
         else:
             y = x.new_zeros(rows.shape[0], last.n)
-            p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, None, first.fused)
+            p_last = _down_low_rank(last, last_seeds, gate, up, activation, theirs, first.fused)
         ctx.first, ctx.last, ctx.activation, ctx.spent = first, last, activation, False
         ctx.in_place = _is_private() and (joint is not None or not first.extended)
         made = (gate, up) if joint is None else (joint, None)
@@ -1072,14 +1078,13 @@ class _LoraMLPAgain(torch.autograd.Function):
         dxs: list[torch.Tensor] = []
         total: list[torch.Tensor | None] = [None] * len(tensors)
         for part, own, p_last, pair in zip(parts, grads.split(ctx.tile), low, pairs, strict=True):
-            of_first, of_last = buffers or (None, None)
+            of_first = None if buffers is None else buffers[0]
             joint = _joint_buffer(first, part)
             (gate, up), p = _group_forward(
                 first, pair[0], part, ours, together=True, buffers=of_first, into=joint
             )
             if p_last is None:
-                rows_last = None if of_last is None else of_last.rows
-                p_last = _down_low_rank(last, pair[1], gate, up, activation, theirs, rows_last, first.fused)
+                p_last = _down_low_rank(last, pair[1], gate, up, activation, theirs, first.fused)
             made = [_Saved(part, p, gate, up, p_last, *pair)]
             del gate, up
             dx, found = _mlp_gradients(

@@ -4,11 +4,12 @@
     tall_matmul      G  = y^T D(p)            y (T, N), p (T, R)     -> (N, R) or (R, N)
     masked_add       x + D(q W)               q (T, R), W (R, K)     -> (T, K)
 
-and the backward of a gated MLP's middle, y = act(gate) * up, with those that read the same tensors:
+and a gated MLP's middle, y = act(gate) * up, with those that read the same tensors:
 
+    activated_narrow    D(y) W^T, and y for who wants it
     activated_tall      dgate, dup, and D(y)^T q, dgate^T p, dup^T p
 
-so that neither y nor a second pass over dgate and dup is needed.
+so that no pass over y, and no second one over dgate and dup, is needed.
 
 D is dropout [2]: D(x) = x * keep / (1 - p). keep is a hash of row, column and seed, so a mask is never
 stored and both directions see the same one; every adapter has its own seed. Kernels multiply their float32
@@ -34,7 +35,11 @@ from typing import NamedTuple
 import torch
 
 from sloth_kernels._library import INTERPRETED, Launcher, launch, tl, triton
-from sloth_kernels.gated_activation import _activate, gated_activation_bwd_into
+from sloth_kernels.gated_activation import (
+    _activate,
+    gated_activation_bwd_into,
+    gated_activation_fwd_into,
+)
 from sloth_kernels.rms_norm import INTERPRETER_MULTIPROCESSORS, multiprocessors
 
 # A program's columns. With 128, and x stored on the way, Triton 3.6 gives wrong products on an H200.
@@ -45,6 +50,7 @@ MOST_TILES = 2**15
 # (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
 TILES = {
     "narrow": (64, 128, 4, 3),
+    "activated_narrow": (32, 128, 4, 3),
     "tall": (64, 64, 4, 4),
     "activated_tall": (16, 64, 4, 5),
     "masked_add": (32, 128, 4, 1),
@@ -306,6 +312,77 @@ def _masked_add_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _activated_narrow_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    w_ptr,
+    out_ptr,
+    hidden_ptr,
+    extension_ptr,
+    seeds_ptr,
+    part_ptr,
+    counter_ptr,
+    T,
+    N,
+    R,
+    rank,
+    n_split,
+    splits,
+    gate_stride,
+    up_stride,
+    w_stride_r,
+    w_stride_n,
+    hidden_stride,
+    extension_stride,
+    threshold,
+    scale,
+    MANY: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    EXTEND: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A share of D(y) @ w.T for BLOCK_T rows, y = act(gate) * up; w has `rank` rows, the result R columns.
+    y is stored where HIDDEN, the result written a second time where EXTEND."""
+    split = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_R)
+    wide_row = row.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    dtype = gate_ptr.dtype.element_ty
+    if DROP:
+        seed = tl.load(seeds_ptr)
+    for start in range(0, n_split, BLOCK_N):
+        n = split * n_split + start + tl.arange(0, BLOCK_N)
+        inside = (row[:, None] < T) & (n[None, :] < N)
+        g = tl.load(gate_ptr + wide_row * gate_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up_ptr + wide_row * up_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        w_at = w_ptr + column.to(tl.int64)[None, :] * w_stride_r + n.to(tl.int64)[:, None] * w_stride_n
+        w = tl.load(w_at, mask=(column[None, :] < rank) & (n[:, None] < N), other=0.0)
+        activated, _ = _activate(g, ACTIVATION)
+        y = (activated * u).to(dtype)
+        if HIDDEN:
+            tl.store(hidden_ptr + wide_row * hidden_stride + n[None, :], y, mask=inside)
+        if DROP:
+            y = tl.where(_keep(row, n, seed, threshold), y, 0.0)
+        total = tl.dot(y, w.to(dtype), total, input_precision=PRECISION)
+    at = wide_row * R + column[None, :]
+    mask = (row[:, None] < T) & (column[None, :] < R)
+    tile = tl.program_id(0)
+    total, last = _folded(total, part_ptr, at, mask, T * R, split, counter_ptr, tile, splits, MANY)
+    if last:
+        result = (total * scale).to(dtype)
+        tl.store(out_ptr + at, result, mask=mask)
+        if EXTEND:
+            to = extension_ptr + wide_row * extension_stride + column[None, :]
+            tl.store(to, result, mask=mask)
+
+
+@triton.jit
 def _activated_tall_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     gate_ptr,
@@ -543,6 +620,44 @@ def _tall(
 
 
 @functools.lru_cache(4096)
+def _activated_narrow(
+    tile: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    t: int,
+    n: int,
+    r: int,
+    activation: str,
+    stored: bool,
+    extend: bool,
+    drop: bool,
+) -> tuple[tuple[int, int], int, Launcher]:
+    """(the grid, a split's columns, the kernel) of gate (t, n) and a result (t, r); tile: rows, columns,
+    warps, stages."""
+    block_t, block_n, warps, stages = tile
+    block_r = _columns(r)
+    if block_r > FEWEST_COLUMNS:  # for the shared memory of small GPUs, since w may be float32
+        block_n //= 2
+    tiles = ceil_div(t, block_t)
+    splits, share = _splits(device, tiles, n, block_n)
+    launcher = Launcher(
+        _activated_narrow_kernel,
+        MANY=splits > 1,
+        ACTIVATION=activation,
+        HIDDEN=stored,
+        EXTEND=extend,
+        DROP=drop,
+        PRECISION=_precision(dtype),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return (tiles, splits), share, launcher
+
+
+@functools.lru_cache(4096)
 def _activated(
     tile: tuple[int, int, int, int],
     device: torch.device,
@@ -738,6 +853,60 @@ def masked_add(
         num_stages=stages,
     )
     return out
+
+
+def activated_narrow(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    w: torch.Tensor,
+    columns: int,
+    hidden: torch.Tensor | None = None,
+    extension: torch.Tensor | None = None,
+    *,
+    activation: str,
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+    fused: bool = True,
+) -> torch.Tensor:
+    """scale * D(y) @ w.T for y = act(gate) * up and a w of few rows, in one pass over gate and up.
+
+    gate, up: (T, N) with adjoining columns, of one dtype, to which w (R', N), of any strides, is rounded;
+    columns: R, at least R', with zeros in the rest; hidden: (T, N), gets y; extension: (T, R), gets the
+    result too. dropout: of one adapter, whose width is R. fused: False for PyTorch's operators. Returns
+    (T, R) contiguous, in gate's dtype, accumulated in float32.
+    """
+    (t, n), rank = gate.shape, w.shape[0]
+    takes_all = fused and takes(gate) and up.dtype == gate.dtype and columns <= MOST_COLUMNS
+    if not takes_all or not gate.numel():
+        if hidden is None:
+            hidden = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
+        gated_activation_fwd_into(hidden, gate, up, activation, fused=fused)
+        rows = w.to(gate.dtype)
+        if rank < columns:
+            rows = torch.cat([rows, rows.new_zeros(columns - rank, n)])
+        return narrow_matmul(hidden, rows, None, extension, scale=scale, dropout=dropout, fused=fused)
+    seeds, threshold, keep_scale, _ = _dropout_arguments(dropout, gate, columns)
+    stored, extends = hidden is not None, extension is not None
+    grid, share, launcher = _activated_narrow(
+        *(TILES["activated_narrow"], gate.device, gate.dtype, t, n, columns, activation),
+        *(stored, extends, dropout is not None),
+    )
+    tiles, splits = grid
+    part, counters = _parts(gate, splits, t * columns, tiles)
+    result = torch.empty((t, columns), dtype=gate.dtype, device=gate.device)
+    tensors = (
+        *(gate, up, w, result, gate if hidden is None else hidden),
+        *(result if extension is None else extension, seeds, part, counters),
+    )
+    scalars = (
+        *(t, n, columns, rank, share, splits, gate.stride(0), up.stride(0), *w.stride()),
+        0 if hidden is None else hidden.stride(0),
+        0 if extension is None else extension.stride(0),
+        threshold,
+        float(scale * keep_scale),
+    )
+    launcher(grid, tensors, scalars)
+    return result
 
 
 def activated_tall(

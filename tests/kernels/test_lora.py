@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sloth_kernels import lora as op
+from sloth_kernels.gated_activation import gated_activation_reference
 from sloth_kernels.lora import (
     Adapter,
     Expanded,
@@ -18,7 +19,15 @@ from sloth_kernels.lora import (
     lora_mlp,
     lora_mlp_reference,
 )
-from sloth_kernels.low_rank import Dropout, activated_tall, narrow_matmul, tall_matmul
+from sloth_kernels.low_rank import (
+    MOST_COLUMNS,
+    Dropout,
+    activated_narrow,
+    activated_tall,
+    dropped,
+    narrow_matmul,
+    tall_matmul,
+)
 from sloth_kernels.nf4 import FourBit
 from three_way import WAYS, check
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -521,6 +530,46 @@ def test_narrow_and_tall(fused, dtype, shape, device):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+OF_MLPS = [(1, 1, 1, 8), (5, 64, 3, 8), (130, 257, 20, 24), (67, 96, 64, 64), (67, 96, 65, 72)]
+LARGE_MLPS = [(1, 14336, 16, 16), (64, 14336, 96, 96), *((2062, 14336, r, max(8, r)) for r in (4, 16, 64))]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    "shape", OF_MLPS + [pytest.param(s, marks=pytest.mark.gpu) for s in LARGE_MLPS], ids=str
+)
+@pytest.mark.parametrize(("fused", "dtype"), WAYS[:3])
+def test_activated_narrow(fused, dtype, shape, activation, dropout, device):
+    """Against float64 from the y that it stores, which is checked by itself; where y is not stored, the same
+    bits. Memory is full of NaN, gate and up lie in one buffer, and w is another dtype's."""
+    t, n, rank, columns = shape
+    both = randn(t, 2 * n + 5, seed=1, dtype=dtype, device=device)
+    gate, up = both[:, :n], both[:, n : 2 * n]
+    w = randn(rank, n + 1, seed=2, dtype=torch.float32, device=device)[:, :n]
+    torch.manual_seed(3)
+    masks = None
+    if dropout:
+        masks = Dropout(p=dropout, seeds=torch.randint(2**62, (1,), device=device), width=columns)
+    out = torch.full((t, n + columns + 3), float("nan"), dtype=dtype, device=device)
+    hidden, extension = out[:, :n], out[:, n : n + columns]
+    options = dict(activation=activation, scale=0.5, dropout=masks, fused=fused)
+    p = activated_narrow(gate, up, w, columns, hidden, extension, **options)
+    assert torch.equal(extension, p) and out[:, n + columns :].isnan().all()
+    tolerance = 2e-3 if dtype == torch.float16 else 2e-2 if dtype == torch.bfloat16 else 1e-5
+    y = gated_activation_reference(gate.double(), up.double(), activation=activation)
+    torch.testing.assert_close(hidden.double(), y, rtol=tolerance, atol=tolerance)
+    kept = hidden.double() if masks is None else dropped(hidden.double(), masks, 0)
+    wanted = 0.5 * kept @ w.to(dtype).double().t()
+    torch.testing.assert_close(
+        p[:, :rank].double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
+    )
+    assert not p[:, rank:].any()
+    assert torch.equal(activated_narrow(gate, up, w, columns, **options), p)
+    if columns <= MOST_COLUMNS and fused:
+        assert torch.equal(p, activated_narrow(gate, up, w.to(dtype), columns, **options))
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
 def test_a_small_update_survives(size, device):
     """Eager adds a small term to an output that is rounded already; what is lost there is kept here."""
@@ -577,10 +626,15 @@ def test_the_same_bits_each_time(tokens, rank, device):
         )
         return [*out, *found]
 
+    def activated(dropout):
+        hidden = torch.empty(tokens, 4096, **make)
+        return [hidden, activated_narrow(gate, up, a, rank, hidden, activation="silu", dropout=dropout)]
+
     for dropout in (None, masks):
-        first = tall(dropout)
-        for _ in range(50):
-            assert all(torch.equal(one, other) for one, other in zip(tall(dropout), first, strict=True))
+        for made in (tall, activated):
+            first = made(dropout)
+            for _ in range(50):
+                assert all(torch.equal(one, other) for one, other in zip(made(dropout), first, strict=True))
 
 
 @pytest.mark.gpu
