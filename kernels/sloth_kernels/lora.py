@@ -1011,8 +1011,8 @@ class _LoraMLPAgain(torch.autograd.Function):
     gradients are.
 
     Both groups are expanded once a pass; for one tile, when they are wanted. Sums over tiles are in float32.
-    Where it is `repeated`, P of down is made again too, and without `output` nothing is left to do in the
-    forward.
+    Where it is `repeated`, the backward is the first call's, with what the repetition saves: P of down is
+    held, not saved, and without `output` nothing is left to do in the forward.
     """
 
     @staticmethod
@@ -1030,7 +1030,7 @@ class _LoraMLPAgain(torch.autograd.Function):
         rows = as_matrix(x)
         parts = rows.split(tile)
         ours, theirs = tensors[:-TENSORS_A_PROJECTION], tensors[-TENSORS_A_PROJECTION:]
-        ctx.first, ctx.last, ctx.activation, ctx.tile = first, last, activation, tile
+        ctx.first, ctx.last, ctx.activation, ctx.tile, ctx.held = first, last, activation, tile, None
         if not output:
             seeds = [group.seeds(x.device) for _ in parts for group in (first, last)]
             ctx.save_for_backward(x, *[None] * len(parts), *seeds, *tensors)
@@ -1047,8 +1047,10 @@ class _LoraMLPAgain(torch.autograd.Function):
             y, p = _mlp_down(last, own[1], gate, up, activation, theirs, None, of_last, first.fused)
             del gate, up
             made.append(y)
-            low.append(None if repeated else p)
+            low.append(p)
             seeds.extend(own)
+        if repeated:
+            ctx.held, low = low, [None] * len(parts)
         ctx.save_for_backward(x, *low, *seeds, *tensors)
         y = made[0] if len(made) == 1 else torch.cat(made)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -1060,6 +1062,7 @@ class _LoraMLPAgain(torch.autograd.Function):
         rows, grads = as_matrix(x), as_matrix(grad)
         parts = rows.split(ctx.tile)
         low, seeds, tensors = saved[: len(parts)], saved[len(parts) : 3 * len(parts)], saved[3 * len(parts) :]
+        low = ctx.held or low
         pairs = list(zip(seeds[::2], seeds[1::2], strict=True))
         if wants_graph():
 
@@ -1298,8 +1301,8 @@ def lora_mlp(
         output: False where the output's value goes nowhere, as when a checkpointed layer that ends with this
             and a residual addition is run again: what only the output needs is left out, and it is zeros.
             Gradients are the same bits.
-        repeated: True where this call, or the one that it repeats, is made again before the backward: with
-            a tile even less is kept.
+        repeated: True where this call, or the one that it repeats, is made again before the backward, as
+            torch.utils.checkpoint does it: with a tile even less is saved.
         expanded: see `lora_linear`.
 
     Returns:

@@ -382,6 +382,12 @@ class ModelFacts:
         casts = max(0, saved["mlp_normed"] - shape.tokens * self.hidden * max(e, self.stream_bytes))
         return saved["gate_up"] + saved["hidden"] + low + casts
 
+    def held_bytes(self, shape: Shape) -> int:
+        """What a layer that is run again as a whole holds beside its input: down_proj's low-rank product."""
+        if not (self.fused_mlp and self.ends_with_mlp and "down_proj" in self.targets):
+            return 0
+        return shape.tokens * -(-self.rank // 16) * 16 * self.activation_bytes
+
     def workspace_bytes(self, shape: Shape, mlp_tiles: int = 1, norms_again: bool = False) -> int:
         """What one layer's backward takes beside saved tensors: expanded weights, gradients on their way.
 

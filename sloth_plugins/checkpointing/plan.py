@@ -160,11 +160,12 @@ def costs(
     norm_s = 2 * normed / memory
     kept = full - normed
     of_layer = lean if facts.ends_with_mlp else 0
+    held = facts.held_bytes(shape)
     rows = (
         ("keep", kept, 0, 0, norm_s),
         ("recompute_mlp", kept - mlp, mlp - lean, 0, mlp_again + norm_s),
-        ("recompute", boundary, full - of_layer - (boundary if facts.fused else 0), 0, again),
-        ("recompute_offload", 0, full - of_layer, boundary, again),
+        ("recompute", boundary + held, full - of_layer - (boundary if facts.fused else 0), 0, again),
+        ("recompute_offload", held, full - of_layer, boundary, again),
         ("recompute_mlp_offload", 0, kept - lean, kept - mlp, mlp_again + norm_s),
         ("offload", 0, kept, kept, norm_s),
     )

@@ -288,6 +288,46 @@ def test_one_tile_is_the_same_bits_and_keeps_x_alone(ranks, low_bias, fused, bas
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("ranks", [(8, 4, 16), (4, 5, 0)], ids=str)
+@pytest.mark.parametrize("tile", [33, 12])
+def test_a_repetition_makes_no_low_rank_product_again(tile, ranks, fused, base, device, monkeypatch):
+    """Under torch's checkpointing, in two backwards: the bits of a call by itself."""
+    case = Case(device, torch.float32, base=base, ranks=ranks, **MLP)
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items() if t is not None}
+    given = with_dropout(case, leaves, 0.3)
+    made, low_rank = [], op._down_low_rank
+
+    def watched(*args):
+        made.append(low_rank(*args))
+        return made[-1]
+
+    monkeypatch.setattr(op, "_down_low_rank", watched)
+    calls: list[bool] = []
+
+    def layer(x, **options):
+        return lora_mlp(x, *given, activation="silu", fused=fused, tile=tile, **options)
+
+    def repeated(x):
+        calls.append(True)
+        return layer(x, output=len(calls) == 1, repeated=True) + x
+
+    torch.manual_seed(5)
+    y = layer(leaves["x"]) + leaves["x"]
+    grad = torch.randn_like(y)
+    want = torch.autograd.grad(y, list(leaves.values()), grad)
+    made.clear()
+    torch.manual_seed(5)
+    again = checkpoint(repeated, leaves["x"], use_reentrant=False)
+    parts = 3 if tile == 12 else 1
+    assert torch.equal(again, y) and len(made) == parts
+    for times in (2, 3):
+        got = torch.autograd.grad(again, list(leaves.values()), grad, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and len(calls) == times
+    assert not any(p is not None for p in made[parts:])
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("biased", [True, False], ids=["biases", ""])
 def test_gradients_take_the_place_of_gate_and_up(biased, fused, base, device, monkeypatch):
     """Where nobody else has these: with the bits that they have elsewhere, in a second backward, too."""
