@@ -45,6 +45,8 @@ from sloth_kernels.rms_norm import INTERPRETER_MULTIPROCESSORS, multiprocessors
 # A program's columns. With 128, and x stored on the way, Triton 3.6 gives wrong products on an H200.
 MOST_COLUMNS = 64
 FEWEST_COLUMNS = 16  # of a tensor core's tile
+# Of activated_narrow, whose rows of w are read once for every 32 of gate's; with more, y is read once more.
+MOST_ACTIVATED_COLUMNS = 32
 MOST_SPLITS = 16
 MOST_TILES = 2**15
 # (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
@@ -873,10 +875,11 @@ def activated_narrow(
     gate, up: (T, N) with adjoining columns, of one dtype, to which w (R', N), of any strides, is rounded;
     columns: R, at least R', with zeros in the rest; hidden: (T, N), gets y; extension: (T, R), gets the
     result too. dropout: of one adapter, whose width is R. fused: False for PyTorch's operators. Returns
-    (T, R) contiguous, in gate's dtype, accumulated in float32.
+    (T, R) contiguous, in gate's dtype, accumulated in float32. More than MOST_ACTIVATED_COLUMNS take a pass
+    over y.
     """
     (t, n), rank = gate.shape, w.shape[0]
-    takes_all = fused and takes(gate) and up.dtype == gate.dtype and columns <= MOST_COLUMNS
+    takes_all = fused and takes(gate) and up.dtype == gate.dtype and columns <= MOST_ACTIVATED_COLUMNS
     if not takes_all or not gate.numel():
         if hidden is None:
             hidden = torch.empty((t, n), dtype=gate.dtype, device=gate.device)
