@@ -49,7 +49,8 @@ FEWEST_COLUMNS = 16  # of a tensor core's tile
 MOST_ACTIVATED_COLUMNS = 32
 MOST_SPLITS = 16
 MOST_TILES = 2**15
-# (rows, columns, warps, stages) of a program's tile, measured on an H200 (benchmarks/NOTES.md).
+# (rows, columns, warps, stages) of a program's tile, measured on an H200, that of activated_narrow on an H100
+# (benchmarks/NOTES.md).
 TILES = {
     "narrow": (64, 128, 4, 3),
     "activated_narrow": (32, 128, 4, 3),

@@ -608,6 +608,9 @@ def test_activated_narrow(fused, dtype, shape, activation, dropout, device):
     torch.testing.assert_close(
         p[:, :rank].double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
     )
+    # Of a few columns left out of 14,336 the largest sum says nothing.
+    limit = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+    assert relative_error(hidden, y) < limit and relative_error(p[:, :rank], wanted) < limit
     assert not p[:, rank:].any()
     assert torch.equal(activated_narrow(gate, up, w, columns, **options), p)
     if columns <= MOST_ACTIVATED_COLUMNS and fused:
